@@ -1,0 +1,364 @@
+// The operations on the CPU: who does which rows. The arithmetic is in kernels/, once for each instruction set.
+//
+// Products are divided by output rows, never by inputs, and every output of a token is the work of one kernel call: so no
+// result depends on the number of threads or on the other tokens. Rows that several experts add to belong to one thread,
+// which takes the experts in order of their ids.
+#include "backend.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "cpu/isa.h"
+#include "cpu/memory.h"
+#include "cpu/threads.h"
+
+namespace gptoss::cpu {
+namespace {
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+class CpuBackend final : public Backend {
+ public:
+  explicit CpuBackend(const BackendOptions& options)
+      : kernels_(select_kernels(options.isa)),
+        pool_(options.threads > 0 ? options.threads : default_threads()),
+        max_tokens_(options.max_batch_tokens) {}
+
+  std::string device() const override { return "cpu"; }
+  std::string isa() const override { return kernels_.name; }
+  int threads() const override { return pool_.size(); }
+
+  Buffer allocate(size_t bytes) override { return allocate_pages(bytes); }
+  void copy_in(void* device, const void* host, size_t bytes) override { std::memcpy(device, host, bytes); }
+  void copy_out(void* host, const void* device, size_t bytes) override { std::memcpy(host, device, bytes); }
+  size_t available_memory() const override { return cpu::available_memory(); }
+  void synchronize() override {}
+
+  void reserve(const ModelConfig& config) override {
+    const int64_t slots = max_tokens_ * config.experts_per_token;
+    const int64_t widest = std::max(config.hidden_size, config.q_size());
+    const int64_t elements = std::max(max_tokens_ * widest, slots * config.hidden_size);
+    packed_ = allocate_pages(elements * kernels_.packed_bytes);
+    packed_hidden_ = allocate_pages(slots * config.intermediate_size * kernels_.packed_bytes);
+    groups_.reserve(config.n_experts);
+    expert_next_.resize(config.n_experts);
+    slot_tokens_.resize(slots);
+    slot_weights_.resize(slots);
+    router_logits_.resize(pool_.size() * config.n_experts);
+  }
+
+  Weight make_weight(WeightFormat format, int64_t experts, int64_t rows, int64_t cols, bool gate_up) override;
+  void load_rows(Weight& weight, int64_t first_row, const HostTensor& source) override;
+  void load_mxfp4_blocks(Weight& weight, const HostTensor& blocks) override;
+  void load_mxfp4_scales(Weight& weight, const HostTensor& scales) override;
+
+  void begin(const Batch& batch) override {
+    CHECK(batch.n_tokens() <= max_tokens_, "a step takes at most ", max_tokens_, " tokens, not ", batch.n_tokens());
+    batch_ = &batch;
+  }
+
+  void embed(Mat<float> x, const Weight& table) override {
+    const uint16_t* rows = table.storage.as<uint16_t>();
+    pool_.run(x.rows, [&](int64_t i, int) { kernels_.embed(x.row(i), rows + batch_->tokens[i] * x.cols, x.cols); });
+  }
+
+  void rmsnorm(Mat<float> t, Mat<const float> x, const float* weight, float eps, const int32_t* rows) override {
+    pool_.run(t.rows, [&](int64_t i, int) { kernels_.rmsnorm(t.row(i), x.row(rows ? rows[i] : i), weight, eps, t.cols); });
+  }
+
+  void linear(Mat<float> out, Mat<const float> t, const Weight& weight, const float* bias) override {
+    product(out, t, weight, bias, Epilogue::kStore);
+  }
+  void linear_add(Mat<float> x, Mat<const float> a, const Weight& weight, const float* bias) override {
+    product(x, a, weight, bias, Epilogue::kAdd);
+  }
+
+  void rope_append(Mat<float> q, const KvLayer& cache, Mat<const float> qkv, const RopeTable& rope, int64_t kv_heads) override;
+  void attention(Mat<float> out, Mat<const float> q, const KvLayer& cache, const float* sinks, int64_t kv_heads) override;
+  void route(Routing top, Mat<const float> t, const Weight& weight, const float* bias) override;
+  void moe_add(Mat<float> x, Mat<const float> t, const Routing& top, const ExpertWeights& experts) override;
+
+ private:
+  // The tokens of one expert in this step: slots [first, first + n) of slot_tokens_ and slot_weights_.
+  struct Group {
+    int64_t expert, first, n;
+  };
+
+  void product(Mat<float> out, Mat<const float> t, const Weight& weight, const float* bias, Epilogue epilogue);
+  void group_by_expert(const Routing& top, int64_t n_experts);
+  void pack_groups(Mat<const float> t);
+
+  // Panels a unit of work takes: a few units a thread, so that a slow core takes fewer, each a long stream.
+  int64_t panels_per_unit(int64_t n_panels, int64_t n_tokens) const {
+    const int64_t share = ceil_div(n_panels, pool_.size() * 4);
+    return std::max<int64_t>(1, n_tokens > kernels_.tile ? std::min<int64_t>(share, 8) : share);
+  }
+  const PageList& pages_of(int64_t row, const KvLayer& cache) const {
+    const BatchSequence& sequence = batch_->sequences[batch_->sequence_of[row]];
+    return cache.window ? *sequence.window_pages : *sequence.full_pages;
+  }
+
+  const KernelTable& kernels_;
+  ThreadPool pool_;
+  int64_t max_tokens_;
+  const Batch* batch_ = nullptr;
+  Buffer packed_;         // token tiles of the product at hand
+  Buffer packed_hidden_;  // token tiles between gate_up and down
+  std::vector<Group> groups_;
+  std::vector<int64_t> expert_next_;  // [E] where an expert's next slot is
+  std::vector<int32_t> slot_tokens_;  // [n * k] rows of the batch, by expert
+  std::vector<float> slot_weights_;   // [n * k]
+  std::vector<float> router_logits_;  // [threads, E]
+};
+
+// ------------------------------------------------------------------------------------------------------------ weights
+
+int64_t panel_bytes(const Weight& weight) {
+  return weight.format == WeightFormat::kMxfp4 ? mxfp4_panel_bytes(weight.cols) : bf16_panel_bytes(weight.cols);
+}
+
+Weight CpuBackend::make_weight(WeightFormat format, int64_t experts, int64_t rows, int64_t cols, bool gate_up) {
+  Weight weight{format, experts, rows, cols, gate_up, {}};
+  const int64_t bytes =
+      format == WeightFormat::kTable ? rows * cols * 2 : experts * ceil_div(rows, kPanelRows) * panel_bytes(weight);
+  weight.storage = allocate_pages(bytes);
+  return weight;
+}
+
+void CpuBackend::load_rows(Weight& weight, int64_t first_row, const HostTensor& source) {
+  const uint16_t* rows = static_cast<const uint16_t*>(source.data);
+  const int64_t n = source.shape[0], cols = weight.cols;
+  if (weight.format == WeightFormat::kTable) {
+    constexpr int64_t kRows = 256;
+    uint16_t* table = weight.storage.as<uint16_t>() + first_row * cols;
+    pool_.run(ceil_div(n, kRows), [&](int64_t unit, int) {
+      const int64_t row = unit * kRows;
+      std::memcpy(table + row * cols, rows + row * cols, std::min(kRows, n - row) * cols * 2);
+    });
+    return;
+  }
+  CHECK(first_row % kPanelRows == 0, source.name, ": its rows start at ", first_row, ", inside a panel");
+  uint8_t* panels = weight.storage.as<uint8_t>() + first_row / kPanelRows * panel_bytes(weight);
+  pool_.run(ceil_div(n, kPanelRows), [&](int64_t p, int) {
+    const int64_t row = p * kPanelRows;
+    kernels_.pack_bf16_panel(panels + p * panel_bytes(weight), rows + row * cols, std::min(kPanelRows, n - row), cols,
+                             weight.gate_up);
+  });
+}
+
+// Runs pack(panel, first source row, rows) over all panels of all experts.
+template <class Pack>
+void pack_experts(ThreadPool& pool, const Weight& weight, const Pack& pack) {
+  const int64_t panels = ceil_div(weight.rows, kPanelRows);
+  pool.run(weight.experts * panels, [&](int64_t unit, int) {
+    const int64_t expert = unit / panels, row = unit % panels * kPanelRows;
+    pack(weight.storage.as<uint8_t>() + unit * panel_bytes(weight), expert * weight.rows + row,
+         std::min(kPanelRows, weight.rows - row));
+  });
+}
+
+void CpuBackend::load_mxfp4_blocks(Weight& weight, const HostTensor& blocks) {
+  const uint8_t* source = static_cast<const uint8_t*>(blocks.data);
+  pack_experts(pool_, weight, [&](uint8_t* panel, int64_t row, int64_t n) {
+    kernels_.pack_mxfp4_blocks(panel, source + row * weight.cols / 2, n, weight.cols, weight.gate_up);
+  });
+}
+
+void CpuBackend::load_mxfp4_scales(Weight& weight, const HostTensor& scales) {
+  const uint8_t* source = static_cast<const uint8_t*>(scales.data);
+  pack_experts(pool_, weight, [&](uint8_t* panel, int64_t row, int64_t n) {
+    kernels_.pack_mxfp4_scales(panel, source + row * weight.cols / 32, n, weight.cols, weight.gate_up);
+  });
+}
+
+// ----------------------------------------------------------------------------------------------------------- products
+
+void CpuBackend::product(Mat<float> out, Mat<const float> t, const Weight& weight, const float* bias, Epilogue epilogue) {
+  const int64_t n = t.rows, tile = kernels_.tile;
+  pool_.run(ceil_div(n, tile), [&](int64_t i, int) {
+    uint8_t* packed = packed_.as<uint8_t>() + i * tile * t.cols * kernels_.packed_bytes;
+    kernels_.pack_tokens(packed, t.row(i * tile), t.cols, nullptr, std::min(tile, n - i * tile), t.cols);
+  });
+  MatmulArgs args;
+  args.panels = weight.storage.as<uint8_t>();
+  args.mxfp4 = weight.format == WeightFormat::kMxfp4;
+  args.rows = weight.rows;
+  args.cols = weight.cols;
+  args.packed = packed_.data();
+  args.n_tokens = n;
+  args.bias = bias;
+  args.epilogue = epilogue;
+  args.out = out.data;
+  args.out_stride = out.cols;
+  const int64_t panels = ceil_div(weight.rows, kPanelRows), step = panels_per_unit(panels, n);
+  pool_.run(ceil_div(panels, step), [&](int64_t unit, int) {
+    MatmulArgs mine = args;
+    mine.first_panel = unit * step;
+    mine.n_panels = std::min(step, panels - mine.first_panel);
+    kernels_.matmul(mine);
+  });
+}
+
+// ---------------------------------------------------------------------------------------------------------- attention
+
+void CpuBackend::rope_append(Mat<float> q, const KvLayer& cache, Mat<const float> qkv, const RopeTable& rope,
+                             int64_t kv_heads) {
+  const int64_t heads = q.cols / kHeadDim, bytes = page_bytes(kv_heads), head_bytes = kPageTokens * kHeadDim * 2;
+  pool_.run(qkv.rows, [&](int64_t i, int) {
+    const int64_t position = batch_->positions[i], slot = position % kPageTokens;
+    const int64_t page = pages_of(i, cache).page_of(position);
+    const float *cos = rope.cos.row(position), *sin = rope.sin.row(position), *in = qkv.row(i);
+    for (int64_t h = 0; h < heads; ++h) kernels_.rope(q.row(i) + h * kHeadDim, in + h * kHeadDim, cos, sin);
+    for (int64_t h = 0; h < kv_heads; ++h) {
+      float key[kHeadDim];
+      kernels_.rope(key, in + (heads + h) * kHeadDim, cos, sin);
+      const int64_t offset = page * bytes + h * head_bytes;
+      kernels_.append(reinterpret_cast<uint16_t*>(static_cast<uint8_t*>(cache.keys) + offset),
+                      reinterpret_cast<uint16_t*>(static_cast<uint8_t*>(cache.values) + offset), slot, key,
+                      in + (heads + kv_heads + h) * kHeadDim);
+    }
+  });
+}
+
+void CpuBackend::attention(Mat<float> out, Mat<const float> q, const KvLayer& cache, const float* sinks, int64_t kv_heads) {
+  const int64_t group = q.cols / kHeadDim / kv_heads;
+  pool_.run(q.rows * kv_heads, [&](int64_t unit, int) {
+    const int64_t row = unit / kv_heads, kv_head = unit % kv_heads, position = batch_->positions[row];
+    const PageList& pages = pages_of(row, cache);
+    AttentionArgs args;
+    args.keys = static_cast<const uint8_t*>(cache.keys) + kv_head * kPageTokens * kHeadDim * 2;
+    args.values = static_cast<const uint8_t*>(cache.values) + kv_head * kPageTokens * kHeadDim * 2;
+    args.page_bytes = page_bytes(kv_heads);
+    args.pages = pages.pages.data();
+    args.first_page = pages.first_page;
+    args.end_key = position + 1;
+    args.first_key = cache.window ? std::max<int64_t>(0, args.end_key - cache.window) : 0;
+    for (int64_t first = 0; first < group; first += kMaxGroup) {
+      const int64_t head = kv_head * group + first;
+      args.group = std::min(kMaxGroup, group - first);
+      args.q = q.row(row) + head * kHeadDim;
+      args.out = out.row(row) + head * kHeadDim;
+      args.sinks = sinks + head;
+      kernels_.attention(args);
+    }
+  });
+}
+
+// ------------------------------------------------------------------------------------------------- mixture of experts
+
+void CpuBackend::route(Routing top, Mat<const float> t, const Weight& weight, const float* bias) {
+  const int64_t n_experts = weight.rows, k = top.experts.cols;
+  pool_.run(t.rows, [&](int64_t i, int thread) {
+    float* logits = router_logits_.data() + thread * n_experts;
+    kernels_.router(logits, t.row(i), weight.storage.as<uint16_t>(), bias, n_experts, t.cols);
+    int32_t* ids = top.experts.row(i);
+    float* weights = top.weights.row(i);
+    for (int64_t j = 0; j < k; ++j) {  // insertion: the first of equals stays first
+      ids[j] = -1;
+      weights[j] = 0;
+    }
+    for (int64_t e = 0; e < n_experts; ++e) {
+      int64_t j = k;
+      while (j > 0 && (ids[j - 1] < 0 || logits[e] > weights[j - 1])) --j;
+      if (j == k) continue;
+      for (int64_t m = k - 1; m > j; --m) ids[m] = ids[m - 1], weights[m] = weights[m - 1];
+      ids[j] = static_cast<int32_t>(e);
+      weights[j] = logits[e];
+    }
+    const float largest = weights[0];
+    float sum = 0;
+    for (int64_t j = 0; j < k; ++j) sum += weights[j] = std::exp(weights[j] - largest);
+    for (int64_t j = 0; j < k; ++j) weights[j] /= sum;
+  });
+}
+
+// Sorts (token, choice) pairs by expert, tokens in order: a histogram, its prefix sum, one pass.
+void CpuBackend::group_by_expert(const Routing& top, int64_t n_experts) {
+  const int64_t slots = top.experts.size(), k = top.experts.cols;
+  std::vector<int64_t>& next = expert_next_;
+  next.assign(n_experts, 0);
+  for (int64_t i = 0; i < slots; ++i) ++next[top.experts.data[i]];
+  groups_.clear();
+  int64_t first = 0;
+  for (int64_t e = 0; e < n_experts; ++e) {
+    const int64_t n = next[e];
+    if (n > 0) groups_.push_back({e, first, n});
+    next[e] = first;
+    first += n;
+  }
+  for (int64_t i = 0; i < slots; ++i) {
+    const int64_t slot = next[top.experts.data[i]]++;
+    slot_tokens_[slot] = static_cast<int32_t>(i / k);
+    slot_weights_[slot] = top.weights.data[i];
+  }
+}
+
+void CpuBackend::pack_groups(Mat<const float> t) {
+  const int64_t tile = kernels_.tile;
+  pool_.run(static_cast<int64_t>(groups_.size()), [&](int64_t g, int) {
+    const Group& group = groups_[g];
+    for (int64_t first = 0; first < group.n; first += tile) {
+      const int64_t slot = group.first + first;
+      uint8_t* packed = packed_.as<uint8_t>() + slot * t.cols * kernels_.packed_bytes;
+      kernels_.pack_tokens(packed, t.data, t.cols, slot_tokens_.data() + slot, std::min(tile, group.n - first), t.cols);
+    }
+  });
+}
+
+void CpuBackend::moe_add(Mat<float> x, Mat<const float> t, const Routing& top, const ExpertWeights& experts) {
+  const Weight &gate_up = *experts.gate_up, &down = *experts.down;
+  group_by_expert(top, gate_up.experts);
+  pack_groups(t);
+
+  const int64_t up_panels = ceil_div(gate_up.rows, kPanelRows), up_step = panels_per_unit(up_panels * groups_.size(), t.rows);
+  const int64_t up_units = ceil_div(up_panels, up_step);
+  pool_.run(static_cast<int64_t>(groups_.size()) * up_units, [&](int64_t unit, int) {
+    const Group& group = groups_[unit / up_units];
+    MatmulArgs args;
+    args.panels = gate_up.storage.as<uint8_t>() + group.expert * up_panels * panel_bytes(gate_up);
+    args.mxfp4 = true;
+    args.rows = gate_up.rows;
+    args.cols = gate_up.cols;
+    args.first_panel = unit % up_units * up_step;
+    args.n_panels = std::min(up_step, up_panels - args.first_panel);
+    args.packed = packed_.as<uint8_t>() + group.first * gate_up.cols * kernels_.packed_bytes;
+    args.n_tokens = group.n;
+    args.bias = experts.gate_up_bias + group.expert * gate_up.rows;
+    args.epilogue = Epilogue::kSwiglu;
+    args.packed_out = packed_hidden_.as<uint8_t>() + group.first * down.cols * kernels_.packed_bytes;
+    args.swiglu_limit = experts.swiglu_limit;
+    kernels_.matmul(args);
+  });
+
+  const int64_t panels = ceil_div(down.rows, kPanelRows), step = panels_per_unit(panels, t.rows);
+  pool_.run(ceil_div(panels, step), [&](int64_t unit, int) {
+    for (const Group& group : groups_) {
+      MatmulArgs args;
+      args.panels = down.storage.as<uint8_t>() + group.expert * panels * panel_bytes(down);
+      args.mxfp4 = true;
+      args.rows = down.rows;
+      args.cols = down.cols;
+      args.first_panel = unit * step;
+      args.n_panels = std::min(step, panels - args.first_panel);
+      args.packed = packed_hidden_.as<uint8_t>() + group.first * down.cols * kernels_.packed_bytes;
+      args.n_tokens = group.n;
+      args.bias = experts.down_bias + group.expert * down.rows;
+      args.epilogue = Epilogue::kAdd;
+      args.out = x.data;
+      args.out_stride = x.cols;
+      args.out_rows = slot_tokens_.data() + group.first;
+      args.out_weights = slot_weights_.data() + group.first;
+      kernels_.matmul(args);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace gptoss::cpu
+
+namespace gptoss {
+
+std::unique_ptr<Backend> make_cpu_backend(const BackendOptions& options) { return std::make_unique<cpu::CpuBackend>(options); }
+
+}  // namespace gptoss

@@ -1,0 +1,104 @@
+// The kernels of one instruction set: plain functions on raw pointers and plain argument structs.
+//
+// Weight panels. A matrix is cut into panels of 32 output rows, and a panel holds its inputs side by side, so that one load
+// feeds 16 lanes, one lane an output row, and a panel is read as one sequential stream:
+//   bfloat16:  [K/2 pairs][32 rows][2]                                      128 bytes a pair of inputs
+//   MXFP4:     [K/32 scales][32 rows], padded to 64 bytes, then [K/8][32 rows][4 bytes]; the low half of a row's 4 bytes
+//              holds the codes of inputs 0 2 4 6, the high half those of 1 3 5 7 (so that the two halves make bfloat16 pairs)
+// In gate_up matrices the 32 rows of a panel are its 16 gates, then its 16 ups.
+//
+// Packed tokens. The other operand is cut into tiles of up to `tile` tokens: [K/2 pairs][tokens of the tile][2], elements
+// rounded to bfloat16, stored as bfloat16 (packed_bytes 2) or as the equal float32 (packed_bytes 4).
+//
+// Every output is  sum over blocks of 32 inputs ( scale * sum over 16 pairs in order ), whatever the number of tokens, so a
+// token's result never depends on the tile it came in.
+#pragma once
+#include <cstdint>
+
+namespace gptoss::cpu {
+
+inline constexpr int64_t kPanelRows = 32;
+inline constexpr int64_t kMaxTile = 16;     // no set's tile is larger
+inline constexpr int64_t kMaxGroup = 8;     // query heads of one attention call
+inline constexpr int64_t kChunkKeys = 256;  // keys of one partial softmax, aligned to absolute positions
+
+constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+constexpr int64_t bf16_panel_bytes(int64_t cols) { return cols * kPanelRows * 2; }
+constexpr int64_t mxfp4_scale_bytes(int64_t cols) { return round_up(cols / 32 * kPanelRows, 64); }
+constexpr int64_t mxfp4_panel_bytes(int64_t cols) { return mxfp4_scale_bytes(cols) + cols / 2 * kPanelRows; }
+
+enum class Epilogue {
+  kStore,   // out[token][row] = sum + bias
+  kAdd,     // out[token][row] += token_weight * (sum + bias)
+  kSwiglu,  // packed_out[row / 2][token] = swiglu(gate, up), for a following product
+};
+
+// Panels [first_panel, first_panel + n_panels) of one matrix times every token tile.
+struct MatmulArgs {
+  const uint8_t* panels = nullptr;  // first panel of the matrix
+  bool mxfp4 = false;
+  int64_t rows = 0;  // outputs; those past it in the last panel are padding
+  int64_t cols = 0;  // K
+  int64_t first_panel = 0;
+  int64_t n_panels = 0;
+  const void* packed = nullptr;  // tile i starts at i * tile * cols elements
+  int64_t n_tokens = 0;
+  const float* bias = nullptr;  // [rows] or null
+  Epilogue epilogue = Epilogue::kStore;
+  float* out = nullptr;                // token t writes out + out_rows[t] * out_stride
+  int64_t out_stride = 0;              // floats
+  const int32_t* out_rows = nullptr;   // [n_tokens], null: t
+  const float* out_weights = nullptr;  // [n_tokens], null: 1
+  void* packed_out = nullptr;          // kSwiglu: tiles of rows/2 inputs
+  float swiglu_limit = 0;
+};
+
+// One token, the query heads of one key/value head, keys [first_key, end_key) of its sequence.
+struct AttentionArgs {
+  float* out = nullptr;           // [group, 64]
+  const float* q = nullptr;       // [group, 64]
+  int64_t group = 0;              // 1..kMaxGroup
+  const float* sinks = nullptr;   // [group]
+  const uint8_t* keys = nullptr;  // the pool, at this key/value head: page p is at p * page_bytes
+  const uint8_t* values = nullptr;
+  int64_t page_bytes = 0;
+  const int32_t* pages = nullptr;  // page of positions [128 (first_page + i), ...) is pages[i]
+  int64_t first_page = 0;
+  int64_t first_key = 0;
+  int64_t end_key = 0;
+};
+
+struct KernelTable {
+  const char* name;
+  int64_t tile;          // tokens of a full tile
+  int64_t packed_bytes;  // of one packed element
+
+  // source: [rows of cols] bfloat16, n_rows <= 32; missing rows become zero.
+  void (*pack_bf16_panel)(uint8_t* panel, const uint16_t* source, int64_t n_rows, int64_t cols, bool gate_up);
+  void (*pack_mxfp4_blocks)(uint8_t* panel, const uint8_t* blocks, int64_t n_rows, int64_t cols, bool gate_up);
+  void (*pack_mxfp4_scales)(uint8_t* panel, const uint8_t* scales, int64_t n_rows, int64_t cols, bool gate_up);
+
+  // Rounds rows of x to bfloat16 and packs them as one tile. rows: [n] or null for 0, 1, ...
+  void (*pack_tokens)(void* tile, const float* x, int64_t stride, const int32_t* rows, int64_t n, int64_t cols);
+  void (*matmul)(const MatmulArgs& args);
+
+  void (*embed)(float* out, const uint16_t* row, int64_t n);
+  void (*rmsnorm)(float* out, const float* x, const float* weight, float eps, int64_t n);
+  // out[e] = sum_i t[i] weight[e][i] + bias[e], all float32
+  void (*router)(float* out, const float* t, const uint16_t* weight, const float* bias, int64_t n_experts, int64_t n);
+  // Rotates one head: out = rotate(x); cos, sin: [32]
+  void (*rope)(float* out, const float* x, const float* cos, const float* sin);
+  // Writes one head's key (rounded) as key `slot` of a page, [8][32 pairs][16 keys][2], and its value, [128][64].
+  void (*append)(uint16_t* key_page, uint16_t* value_page, int64_t slot, const float* key, const float* value);
+  void (*attention)(const AttentionArgs& args);
+};
+
+}  // namespace gptoss::cpu
+
+// One symbol an instruction set; everything else in kernels/ has internal linkage.
+extern "C" {
+extern const gptoss::cpu::KernelTable gptoss_kernels_scalar;
+extern const gptoss::cpu::KernelTable gptoss_kernels_avx2;
+extern const gptoss::cpu::KernelTable gptoss_kernels_avx512;
+extern const gptoss::cpu::KernelTable gptoss_kernels_avx512bf16;
+}

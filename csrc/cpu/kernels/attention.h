@@ -1,0 +1,134 @@
+// Attention of one token: the query heads of one key/value head over that head's keys, with a sink.
+//
+// The sink (one logit a head) takes part in the softmax but has no value: the running state starts at maximum = sink, sum = 1,
+// output 0. Keys are taken in chunks of 256 aligned to absolute positions: a chunk's scores (lanes are keys, the product is the
+// one of matmul.h with 16 keys as rows), its maximum, its exponentials, its weighted values; then it joins the running state.
+// Keys outside [first_key, end_key) are masked and their values never touched, so whatever lies there cannot leak.
+#pragma once
+#include "cpu/kernel_table.h"
+#include "simd.h"
+
+namespace {
+
+using gptoss::cpu::AttentionArgs;
+using gptoss::cpu::kChunkKeys;
+using gptoss::cpu::kMaxGroup;
+
+constexpr int64_t kPage = 128, kDim = 64, kDimVectors = kDim / kLanes;
+constexpr float kScoreScale = 0.125f;  // 1 / sqrt(64)
+constexpr float kMinusInfinity = -__builtin_inff();
+
+// scores: [group][256] of the chunk at `chunk`; q: packed [32 pairs][T][2]
+template <int T>
+static void chunk_scores(float* scores, const AttentionArgs& a, const Packed* q, int64_t chunk, int64_t begin, int64_t end) {
+  float lane[16];
+  for (int64_t i = 0; i < 16; ++i) lane[i] = (float)i;
+  for (int64_t key = begin & ~15; key < end; key += 16) {
+    const int64_t page = a.pages[key / kPage - a.first_page];
+    const uint16_t* k = (const uint16_t*)(a.keys + page * a.page_bytes) + key % kPage * kDim;
+    F32 sums[T];
+    UNROLL for (int t = 0; t < T; ++t) sums[t] = zero();
+    for (int64_t pair = 0; pair < kDim / 2; ++pair) {
+      Weights keys = load_weights(k + pair * 32);
+      UNROLL for (int t = 0; t < T; ++t) sums[t] = dot2(sums[t], keys, load_tokens(q + (pair * T + t) * 2));
+    }
+    const F32 before = set1((float)(begin - key)), after = set1((float)(end - key));
+    UNROLL for (int t = 0; t < T; ++t) {
+      F32 s = mul(sums[t], set1(kScoreScale));
+      s = select(less(load(lane), before), set1(kMinusInfinity), s);
+      s = select(less(load(lane), after), s, set1(kMinusInfinity));
+      store(scores + t * kChunkKeys + (key - chunk), s);
+    }
+  }
+}
+
+// values: [group][64] = sum over keys of probability * value
+template <int Heads>
+static void weigh_values(float* values, const AttentionArgs& a, const float* p, int64_t chunk, int64_t begin, int64_t end) {
+  F32 sums[Heads][kDimVectors];
+  UNROLL for (int h = 0; h < Heads; ++h) { UNROLL for (int d = 0; d < kDimVectors; ++d) sums[h][d] = zero(); }
+  for (int64_t key = begin; key < end;) {
+    const int64_t page = a.pages[key / kPage - a.first_page];
+    const int64_t page_end = (key / kPage + 1) * kPage < end ? (key / kPage + 1) * kPage : end;
+    const uint16_t* v = (const uint16_t*)(a.values + page * a.page_bytes) + key % kPage * kDim;
+    for (; key < page_end; ++key, v += kDim) {
+      F32 row[kDimVectors];
+      UNROLL for (int d = 0; d < kDimVectors; ++d) row[d] = load_bf16(v + d * kLanes);
+      UNROLL for (int h = 0; h < Heads; ++h) {
+        const F32 weight = set1(p[h * kChunkKeys + (key - chunk)]);
+        UNROLL for (int d = 0; d < kDimVectors; ++d) sums[h][d] = fma(weight, row[d], sums[h][d]);
+      }
+    }
+  }
+  UNROLL for (int h = 0; h < Heads; ++h) {
+    UNROLL for (int d = 0; d < kDimVectors; ++d) store(values + h * kDim + d * kLanes, sums[h][d]);
+  }
+}
+
+INLINE float exp1(float x) {
+  float v[16];
+  store(v, exp(set1(x)));
+  return v[0];
+}
+
+// scores -> exp(scores - maximum), their maximum and sum
+INLINE void chunk_softmax(float* scores, float* maximum, float* sum, int64_t first, int64_t n) {
+  F32 m = set1(kMinusInfinity);
+  for (int64_t i = first; i < n; i += kLanes) m = max(m, load(scores + i));
+  *maximum = max_lanes(m);
+  F32 total = zero();
+  for (int64_t i = first; i < n; i += kLanes) {
+    F32 p = exp(sub(load(scores + i), set1(*maximum)));
+    store(scores + i, p);
+    total = add(total, p);
+  }
+  *sum = sum_lanes(total);
+}
+
+template <int T>
+static void attend(const AttentionArgs& a) {
+  alignas(64) float scores[T * kChunkKeys], values[T * kDim];
+  alignas(64) Packed q[T * kDim];
+  float maximum[T], sum[T];
+  pack_tokens(q, a.q, kDim, nullptr, T, kDim);
+  for (int64_t t = 0; t < T; ++t) {
+    maximum[t] = a.sinks[t];
+    sum[t] = 1.f;
+    for (int64_t d = 0; d < kDim; ++d) a.out[t * kDim + d] = 0.f;
+  }
+  for (int64_t chunk = a.first_key / kChunkKeys * kChunkKeys; chunk < a.end_key; chunk += kChunkKeys) {
+    const int64_t begin = chunk > a.first_key ? chunk : a.first_key;
+    const int64_t end = chunk + kChunkKeys < a.end_key ? chunk + kChunkKeys : a.end_key;
+    chunk_scores<T>(scores, a, q, chunk, begin, end);
+    float chunk_maximum[T], chunk_sum[T];
+    for (int64_t t = 0; t < T; ++t)
+      chunk_softmax(scores + t * kChunkKeys, chunk_maximum + t, chunk_sum + t, (begin & ~15) - chunk, end - chunk);
+    constexpr int kAtOnce = kHalves == 2 && T % 4 == 0 ? 4 : 1;  // heads whose sums fit in registers
+    for (int64_t t = 0; t < T; t += kAtOnce)
+      weigh_values<kAtOnce>(values + t * kDim, a, scores + t * kChunkKeys, chunk, begin, end);
+    for (int64_t t = 0; t < T; ++t) {
+      const float top = chunk_maximum[t] > maximum[t] ? chunk_maximum[t] : maximum[t];
+      const float keep = exp1(maximum[t] - top), join = exp1(chunk_maximum[t] - top);
+      for (int64_t d = 0; d < kDim; d += kLanes) {
+        float* out = a.out + t * kDim + d;
+        store(out, fma(set1(join), load(values + t * kDim + d), mul(set1(keep), load(out))));
+      }
+      sum[t] = sum[t] * keep + chunk_sum[t] * join;
+      maximum[t] = top;
+    }
+  }
+  for (int64_t t = 0; t < T; ++t)
+    for (int64_t d = 0; d < kDim; d += kLanes) store(a.out + t * kDim + d, div(load(a.out + t * kDim + d), set1(sum[t])));
+}
+
+template <int T>
+static void attend_group(const AttentionArgs& a) {
+  if constexpr (T > 0) {
+    if (a.group == T) return attend<T>(a);
+    attend_group<T - 1>(a);
+  }
+}
+
+static void attention(const AttentionArgs& a) { attend_group<kMaxGroup>(a); }
+
+}  // namespace

@@ -1,0 +1,182 @@
+// Panels of weights times tiles of tokens:  out[t][r] = sum_k x[t][k] W[r][k].
+//
+// One call walks the panels given, and each panel meets every tile while it is in cache. In the inner loop a lane is an output
+// row: 16 lanes x kHalves x T tokens of sums stay in registers for one block of 32 inputs; the block's sums, times the
+// MXFP4 scales, are then added to running sums in the first-level cache. FP4 codes become bfloat16 in registers.
+#pragma once
+#include "cpu/kernel_table.h"
+#include "simd.h"
+
+namespace {
+
+using gptoss::cpu::Epilogue;
+using gptoss::cpu::MatmulArgs;
+
+#define UNROLL _Pragma("GCC unroll 16")
+
+// Adds one pair of inputs of kHalves x 16 rows times T tokens.
+template <int T>
+INLINE void add_pair(F32 (&sums)[kHalves][T], const Weights (&w)[kHalves], const Packed* x) {
+  UNROLL for (int t = 0; t < T; ++t) {
+    Tokens token = load_tokens(x + 2 * t);
+    UNROLL for (int h = 0; h < kHalves; ++h) sums[h][t] = dot2(sums[h][t], w[h], token);
+  }
+}
+
+struct Bf16Panel {
+  const uint16_t* pairs;  // [K/2][32][2]
+
+  INLINE Bf16Panel at(const uint8_t* panel, int64_t) { return {(const uint16_t*)panel}; }
+
+  template <int T>
+  INLINE void add_block(F32 (&sums)[kHalves][T], const Bf16Panel& p, int64_t block, int64_t half, const Packed* x) {
+    const uint16_t* w = p.pairs + block * 1024 + half * 32;
+    for (int64_t pair = 0; pair < 16; ++pair, w += 64, x += 2 * T) {
+      Weights weights[kHalves];
+      UNROLL for (int h = 0; h < kHalves; ++h) weights[h] = load_weights(w + 32 * h);
+      add_pair<T>(sums, weights, x);
+    }
+  }
+  INLINE F32 accumulate(F32 total, F32 sum, const Bf16Panel&, int64_t, int64_t) { return add(total, sum); }
+};
+
+struct Mxfp4Panel {
+  const uint8_t* scales;  // [K/32][32]
+  const uint8_t* codes;   // [K/8][32][4]
+
+  INLINE Mxfp4Panel at(const uint8_t* panel, int64_t cols) { return {panel, panel + gptoss::cpu::mxfp4_scale_bytes(cols)}; }
+
+  template <int j, int T>
+  INLINE void add_code_pair(F32 (&sums)[kHalves][T], const Codes (&codes)[kHalves], const Packed* x) {
+    Weights weights[kHalves];
+    UNROLL for (int h = 0; h < kHalves; ++h) weights[h] = code_pair<j>(codes[h]);
+    add_pair<T>(sums, weights, x + 2 * T * j);
+  }
+
+  template <int T>
+  INLINE void add_block(F32 (&sums)[kHalves][T], const Mxfp4Panel& p, int64_t block, int64_t half, const Packed* x) {
+    const uint8_t* c = p.codes + block * 512 + half * 64;
+    for (int64_t group = 0; group < 4; ++group, c += 128, x += 8 * T) {
+      Codes codes[kHalves];
+      UNROLL for (int h = 0; h < kHalves; ++h) codes[h] = load_codes(c + 64 * h);
+      add_code_pair<0, T>(sums, codes, x);
+      add_code_pair<1, T>(sums, codes, x);
+      add_code_pair<2, T>(sums, codes, x);
+      add_code_pair<3, T>(sums, codes, x);
+    }
+  }
+  INLINE F32 accumulate(F32 total, F32 sum, const Mxfp4Panel& p, int64_t block, int64_t half) {
+    return fma(sum, load_scales(p.scales + block * 32 + half * 16), total);
+  }
+};
+
+// totals: [2 halves][T][16] = panel x tile
+template <class Panel, int T>
+static void panel_times_tile(float* totals, const Panel& panel, const Packed* x, int64_t cols) {
+  for (int64_t half = 0; half < 2; half += kHalves) {
+    float* out = totals + half * T * kLanes;
+    for (int64_t i = 0; i < kHalves * T; ++i) store(out + i * kLanes, zero());
+    for (int64_t block = 0; block < cols / 32; ++block) {
+      F32 sums[kHalves][T];
+      UNROLL for (int h = 0; h < kHalves; ++h) { UNROLL for (int t = 0; t < T; ++t) sums[h][t] = zero(); }
+      Panel::template add_block<T>(sums, panel, block, half, x + block * 32 * T);
+      UNROLL for (int h = 0; h < kHalves; ++h) {
+        UNROLL for (int t = 0; t < T; ++t) {
+          float* total = out + (h * T + t) * kLanes;
+          store(total, Panel::accumulate(load(total), sums[h][t], panel, block, half + h));
+        }
+      }
+    }
+  }
+}
+
+// SwiGLU as gpt-oss has it: gate clamped above, up on both sides; gate * sigmoid(1.702 gate) * (up + 1).
+INLINE F32 swiglu(F32 gate, F32 up, float limit) {
+  gate = min(set1(limit), gate);
+  up = max(set1(-limit), min(set1(limit), up));
+  F32 sigmoid = div(set1(1.f), add(set1(1.f), exp(mul(set1(-1.702f), gate))));
+  return mul(mul(gate, sigmoid), add(up, set1(1.f)));
+}
+
+// Copies bias[first .. first + 32), zero past the last row.
+INLINE void load_bias(float* out, const float* bias, int64_t first, int64_t rows) {
+  for (int64_t i = 0; i < 32; ++i) out[i] = bias && first + i < rows ? bias[first + i] : 0.f;
+}
+
+// totals: [2][n][16], 32 outputs of n tokens; token t is row out_rows[first + t].
+static void write_rows(const MatmulArgs& a, const float* totals, int64_t panel, int64_t first, int64_t n) {
+  float bias[32];
+  const int64_t row = panel * 32, n_rows = a.rows - row < 32 ? a.rows - row : 32;
+  load_bias(bias, a.bias, row, a.rows);
+  for (int64_t t = 0; t < n; ++t) {
+    float* out = a.out + (a.out_rows ? a.out_rows[first + t] : first + t) * a.out_stride + row;
+    const F32 weight = set1(a.out_weights ? a.out_weights[first + t] : 1.f);
+    for (int64_t half = 0; half < 2; ++half) {
+      F32 value = add(load(totals + (half * n + t) * kLanes), load(bias + 16 * half));
+      float tail[16];
+      float* target = n_rows == 32 ? out + 16 * half : tail;
+      if (n_rows < 32)
+        for (int64_t i = 0; i < 16; ++i) tail[i] = 16 * half + i < n_rows ? out[16 * half + i] : 0.f;
+      if (a.epilogue == Epilogue::kAdd) value = fma(weight, value, load(target));
+      store(target, value);
+      if (n_rows < 32)
+        for (int64_t i = 0; i < 16 && 16 * half + i < n_rows; ++i) out[16 * half + i] = tail[i];
+    }
+  }
+}
+
+// totals: 16 gates and 16 ups of n tokens -> inputs 16 panel .. of a tile [I/2][n][2].
+static void write_swiglu(const MatmulArgs& a, const float* totals, int64_t panel, int64_t first, int64_t n) {
+  float bias[32], gates[16], ups[16], values[16];  // bias rows alternate gate, up as in the checkpoint
+  load_bias(bias, a.bias, panel * 32, a.rows);
+  for (int64_t i = 0; i < 16; ++i) gates[i] = bias[2 * i], ups[i] = bias[2 * i + 1];
+  Packed* tile = (Packed*)a.packed_out + first * (a.rows / 2) + panel * 16 * n;
+  for (int64_t t = 0; t < n; ++t) {
+    F32 gate = add(load(totals + t * kLanes), load(gates));
+    F32 up = add(load(totals + (n + t) * kLanes), load(ups));
+    store(values, swiglu(gate, up, a.swiglu_limit));
+    for (int64_t i = 0; i < 16; i += 2) {
+      store_packed(tile + i * n + 2 * t, values[i]);
+      store_packed(tile + i * n + 2 * t + 1, values[i + 1]);
+    }
+  }
+}
+
+template <class Panel, int T>
+static void multiply_tile(const MatmulArgs& a, const uint8_t* panel_data, int64_t panel, int64_t first) {
+  alignas(64) float totals[2 * T * kLanes];
+  const Packed* x = (const Packed*)a.packed + first * a.cols;
+  panel_times_tile<Panel, T>(totals, Panel::at(panel_data, a.cols), x, a.cols);
+  if (a.epilogue == Epilogue::kSwiglu)
+    write_swiglu(a, totals, panel, first, T);
+  else
+    write_rows(a, totals, panel, first, T);
+}
+
+template <class Panel, int T>
+static void multiply_rest(const MatmulArgs& a, const uint8_t* panel_data, int64_t panel, int64_t first, int64_t n) {
+  if constexpr (T > 0) {
+    if (n == T) return multiply_tile<Panel, T>(a, panel_data, panel, first);
+    multiply_rest<Panel, T - 1>(a, panel_data, panel, first, n);
+  }
+}
+
+template <class Panel>
+static void multiply_panels(const MatmulArgs& a, int64_t panel_bytes) {
+  for (int64_t panel = a.first_panel; panel < a.first_panel + a.n_panels; ++panel) {
+    const uint8_t* data = a.panels + panel * panel_bytes;
+    for (int64_t first = 0; first < a.n_tokens; first += kTile) {
+      const int64_t n = a.n_tokens - first < kTile ? a.n_tokens - first : kTile;
+      multiply_rest<Panel, kTile>(a, data, panel, first, n);
+    }
+  }
+}
+
+static void matmul(const MatmulArgs& a) {
+  if (a.mxfp4)
+    multiply_panels<Mxfp4Panel>(a, gptoss::cpu::mxfp4_panel_bytes(a.cols));
+  else
+    multiply_panels<Bf16Panel>(a, gptoss::cpu::bf16_panel_bytes(a.cols));
+}
+
+}  // namespace

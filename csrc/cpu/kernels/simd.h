@@ -1,0 +1,315 @@
+// Sixteen float32 lanes, and pairs of bfloat16 beside each other in sixteen lanes, in the terms of one instruction set.
+//
+//   F32       16 float32
+//   Weights   one bfloat16 pair of inputs for each of 16 output rows
+//   Tokens    one pair of inputs of one token, in every lane
+//   dot2      acc + w.even * t.even + w.odd * t.odd, lane by lane
+//
+// The sets round differently among themselves (fused or not); within a set every path uses these same operations in the
+// same order. Compiled with -ffp-contract=off, so nothing is fused that is not written as fma.
+#pragma once
+#include <stdint.h>
+
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+namespace {
+
+#if defined(__AVX512BW__)
+// ------------------------------------------------------------------------------------------------------ AVX-512
+using F32 = __m512;
+using Mask = __mmask16;
+
+INLINE F32 zero() { return _mm512_setzero_ps(); }
+INLINE F32 set1(float x) { return _mm512_set1_ps(x); }
+INLINE F32 load(const float* p) { return _mm512_loadu_ps(p); }
+INLINE void store(float* p, F32 x) { _mm512_storeu_ps(p, x); }
+INLINE F32 add(F32 a, F32 b) { return _mm512_add_ps(a, b); }
+INLINE F32 sub(F32 a, F32 b) { return _mm512_sub_ps(a, b); }
+INLINE F32 mul(F32 a, F32 b) { return _mm512_mul_ps(a, b); }
+INLINE F32 div(F32 a, F32 b) { return _mm512_div_ps(a, b); }
+INLINE F32 fma(F32 a, F32 b, F32 c) { return _mm512_fmadd_ps(a, b, c); }
+// NaN in b comes through.
+INLINE F32 max(F32 a, F32 b) { return _mm512_max_ps(a, b); }
+INLINE F32 min(F32 a, F32 b) { return _mm512_min_ps(a, b); }
+INLINE Mask less(F32 a, F32 b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
+INLINE F32 select(Mask m, F32 yes, F32 no) { return _mm512_mask_blend_ps(m, no, yes); }
+INLINE F32 round_nearest(F32 x) { return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+// x * 2^n for n a whole number in [-126, 127]
+INLINE F32 scale_by_power(F32 x, F32 n) { return _mm512_scalef_ps(x, n); }
+INLINE F32 load_bf16(const uint16_t* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
+}
+// 2^(byte - 127) of 16 scale bytes; byte 0 is the subnormal 2^-127
+INLINE F32 load_scales(const uint8_t* p) {
+  __m512i e = _mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)), 23);
+  return _mm512_castsi512_ps(_mm512_max_epu32(e, _mm512_set1_epi32(0x00400000)));
+}
+// Words 0 and 1 of a lane are two rows of codes: word w's nibble j is the code of one input.
+INLINE __m512i code_table() {  // the 16 codes in bfloat16, twice: vpermw looks at 5 bits, the fifth is the next code's
+  const __m256i once =
+      _mm256_setr_epi16(0x0000, 0x3F00, 0x3F80, 0x3FC0, 0x4000, 0x4040, 0x4080, 0x40C0, (short)0x8000, (short)0xBF00,
+                        (short)0xBF80, (short)0xBFC0, (short)0xC000, (short)0xC040, (short)0xC080, (short)0xC0C0);
+  return _mm512_broadcast_i64x4(once);
+}
+
+#if defined(__AVX512BF16__)
+constexpr int64_t kTile = 12, kHalves = 2;
+using Packed = uint16_t;
+using Weights = __m512i;
+using Tokens = __m512i;
+INLINE Weights load_weights(const uint16_t* p) { return _mm512_loadu_si512(p); }
+INLINE Tokens load_tokens(const Packed* p) { return _mm512_set1_epi32(*(const int32_t*)p); }
+INLINE F32 dot2(F32 acc, Weights w, Tokens t) { return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)t); }
+INLINE Weights from_pairs(__m512i pairs) { return pairs; }
+#else
+constexpr int64_t kTile = 8, kHalves = 2;
+using Packed = float;
+struct Weights {
+  F32 even, odd;
+};
+struct Tokens {
+  F32 even, odd;
+};
+INLINE Weights from_pairs(__m512i pairs) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)),
+          _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xFFFF0000)))};
+}
+INLINE Weights load_weights(const uint16_t* p) { return from_pairs(_mm512_loadu_si512(p)); }
+INLINE Tokens load_tokens(const Packed* p) { return {set1(p[0]), set1(p[1])}; }
+INLINE F32 dot2(F32 acc, Weights w, Tokens t) { return fma(w.odd, t.odd, fma(w.even, t.even, acc)); }
+#endif
+
+// Codes of 8 inputs of 16 rows (64 bytes) -> pair j holds inputs 2j and 2j + 1.
+struct Codes {
+  __m512i words;
+};
+INLINE Codes load_codes(const uint8_t* p) { return {_mm512_loadu_si512(p)}; }
+template <int j>
+INLINE Weights code_pair(Codes codes) {
+  return from_pairs(_mm512_permutexvar_epi16(j ? _mm512_srli_epi16(codes.words, 4 * j) : codes.words, code_table()));
+}
+
+#elif defined(__AVX2__)
+// --------------------------------------------------------------------------------------------------------- AVX2
+struct F32 {
+  __m256 lo, hi;
+};
+using Mask = F32;
+
+INLINE F32 zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+INLINE F32 set1(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+INLINE F32 load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+INLINE void store(float* p, F32 x) { _mm256_storeu_ps(p, x.lo), _mm256_storeu_ps(p + 8, x.hi); }
+#define BOTH(name, call) \
+  INLINE F32 name(F32 a, F32 b) { return {call(a.lo, b.lo), call(a.hi, b.hi)}; }
+BOTH(add, _mm256_add_ps)
+BOTH(sub, _mm256_sub_ps)
+BOTH(mul, _mm256_mul_ps)
+BOTH(div, _mm256_div_ps)
+BOTH(max, _mm256_max_ps)
+BOTH(min, _mm256_min_ps)
+#undef BOTH
+INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.lo, b.lo, c.lo), _mm256_fmadd_ps(a.hi, b.hi, c.hi)}; }
+INLINE Mask less(F32 a, F32 b) { return {_mm256_cmp_ps(a.lo, b.lo, _CMP_LT_OQ), _mm256_cmp_ps(a.hi, b.hi, _CMP_LT_OQ)}; }
+INLINE F32 select(Mask m, F32 yes, F32 no) {
+  return {_mm256_blendv_ps(no.lo, yes.lo, m.lo), _mm256_blendv_ps(no.hi, yes.hi, m.hi)};
+}
+INLINE F32 round_nearest(F32 x) {
+  constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  return {_mm256_round_ps(x.lo, mode), _mm256_round_ps(x.hi, mode)};
+}
+INLINE __m256 power_of_two(__m256 n) {
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23));
+}
+INLINE F32 scale_by_power(F32 x, F32 n) { return mul(x, {power_of_two(n.lo), power_of_two(n.hi)}); }
+INLINE __m256 widen(__m128i bf16x8) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bf16x8), 16)); }
+INLINE F32 load_bf16(const uint16_t* p) {
+  return {widen(_mm_loadu_si128((const __m128i*)p)), widen(_mm_loadu_si128((const __m128i*)(p + 8)))};
+}
+INLINE __m256 scales8(__m128i bytes) {
+  __m256i e = _mm256_slli_epi32(_mm256_cvtepu8_epi32(bytes), 23);
+  return _mm256_castsi256_ps(_mm256_max_epu32(e, _mm256_set1_epi32(0x00400000)));
+}
+INLINE F32 load_scales(const uint8_t* p) {
+  __m128i bytes = _mm_loadu_si128((const __m128i*)p);
+  return {scales8(bytes), scales8(_mm_srli_si128(bytes, 8))};
+}
+
+constexpr int64_t kTile = 4, kHalves = 1;
+using Packed = float;
+struct Weights {
+  F32 even, odd;
+};
+struct Tokens {
+  __m256 even, odd;
+};
+INLINE __m256 even_of(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
+INLINE __m256 odd_of(__m256i pairs) { return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32((int)0xFFFF0000))); }
+INLINE Weights load_weights(const uint16_t* p) {
+  __m256i lo = _mm256_loadu_si256((const __m256i*)p), hi = _mm256_loadu_si256((const __m256i*)(p + 16));
+  return {{even_of(lo), even_of(hi)}, {odd_of(lo), odd_of(hi)}};
+}
+INLINE Tokens load_tokens(const Packed* p) { return {_mm256_set1_ps(p[0]), _mm256_set1_ps(p[1])}; }
+INLINE F32 dot2(F32 acc, const Weights& w, Tokens t) {
+  acc = {_mm256_fmadd_ps(w.even.lo, t.even, acc.lo), _mm256_fmadd_ps(w.even.hi, t.even, acc.hi)};
+  return {_mm256_fmadd_ps(w.odd.lo, t.odd, acc.lo), _mm256_fmadd_ps(w.odd.hi, t.odd, acc.hi)};
+}
+
+struct Codes {
+  __m256i lo, hi;
+};
+INLINE Codes load_codes(const uint8_t* p) {
+  return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))};
+}
+// Nibble n of every lane: the magnitude by vpermps (it looks at 3 bits), the sign moved up to bit 31.
+template <int n>
+INLINE __m256 nibble(__m256i v) {
+  const __m256 magnitudes = _mm256_setr_ps(0.f, .5f, 1.f, 1.5f, 2.f, 3.f, 4.f, 6.f);
+  __m256i index = n ? _mm256_srli_epi32(v, 4 * n) : v;
+  __m256i sign = n < 7 ? _mm256_slli_epi32(v, 28 - 4 * n) : v;
+  sign = _mm256_and_si256(sign, _mm256_set1_epi32((int)0x80000000));
+  return _mm256_or_ps(_mm256_permutevar8x32_ps(magnitudes, index), _mm256_castsi256_ps(sign));
+}
+template <int j>
+INLINE Weights code_pair(const Codes& c) {
+  return {{nibble<j>(c.lo), nibble<j>(c.hi)}, {nibble<j + 4>(c.lo), nibble<j + 4>(c.hi)}};
+}
+
+#else
+// ------------------------------------------------------------------------------------------------- any processor
+struct F32 {
+  float v[16];
+};
+struct Mask {
+  bool v[16];
+};
+// clang-format off
+#define LANES(T, expression)                                \
+  {                                                         \
+    T r;                                                    \
+    for (int i = 0; i < 16; ++i) r.v[i] = (expression);     \
+    return r;                                               \
+  }
+INLINE float bits_to_float(uint32_t bits) {
+  float x;
+  __builtin_memcpy(&x, &bits, 4);
+  return x;
+}
+INLINE F32 zero() LANES(F32, 0.f)
+INLINE F32 set1(float x) LANES(F32, x)
+INLINE F32 load(const float* p) LANES(F32, p[i])
+INLINE void store(float* p, const F32& x) {
+  for (int i = 0; i < 16; ++i) p[i] = x.v[i];
+}
+INLINE F32 add(const F32& a, const F32& b) LANES(F32, a.v[i] + b.v[i])
+INLINE F32 sub(const F32& a, const F32& b) LANES(F32, a.v[i] - b.v[i])
+INLINE F32 mul(const F32& a, const F32& b) LANES(F32, a.v[i] * b.v[i])
+INLINE F32 div(const F32& a, const F32& b) LANES(F32, a.v[i] / b.v[i])
+INLINE F32 fma(const F32& a, const F32& b, const F32& c) LANES(F32, a.v[i] * b.v[i] + c.v[i])
+INLINE F32 max(const F32& a, const F32& b) LANES(F32, a.v[i] > b.v[i] ? a.v[i] : b.v[i])
+INLINE F32 min(const F32& a, const F32& b) LANES(F32, a.v[i] < b.v[i] ? a.v[i] : b.v[i])
+INLINE Mask less(const F32& a, const F32& b) LANES(Mask, a.v[i] < b.v[i])
+INLINE F32 select(const Mask& m, const F32& yes, const F32& no) LANES(F32, m.v[i] ? yes.v[i] : no.v[i])
+INLINE F32 round_nearest(const F32& x) LANES(F32, (x.v[i] + 12582912.f) - 12582912.f)  // |x| < 2^22
+INLINE F32 scale_by_power(const F32& x, const F32& n) LANES(F32, x.v[i] * bits_to_float((uint32_t)((int)n.v[i] + 127) << 23))
+INLINE F32 load_bf16(const uint16_t* p) LANES(F32, bits_to_float((uint32_t)p[i] << 16))
+INLINE F32 load_scales(const uint8_t* p) LANES(F32, bits_to_float(p[i] ? (uint32_t)p[i] << 23 : 0x00400000u))
+
+    // clang-format on
+
+    constexpr int64_t kTile = 4,
+                      kHalves = 1;
+using Packed = float;
+struct Weights {
+  F32 even, odd;
+};
+struct Tokens {
+  float even, odd;
+};
+INLINE Weights load_weights(const uint16_t* p) {
+  Weights w;
+  for (int i = 0; i < 16; ++i) {
+    w.even.v[i] = bits_to_float((uint32_t)p[2 * i] << 16);
+    w.odd.v[i] = bits_to_float((uint32_t)p[2 * i + 1] << 16);
+  }
+  return w;
+}
+INLINE Tokens load_tokens(const Packed* p) { return {p[0], p[1]}; }
+// clang-format off
+INLINE F32 dot2(const F32& acc, const Weights& w, Tokens t) LANES(F32, (acc.v[i] + w.even.v[i] * t.even) + w.odd.v[i] * t.odd)
+    // clang-format on
+
+    struct Codes {
+  const uint8_t* bytes;
+};
+INLINE Codes load_codes(const uint8_t* p) { return {p}; }
+template <int j>
+INLINE Weights code_pair(Codes codes) {
+  constexpr float values[16] = {0.f, .5f, 1.f, 1.5f, 2.f, 3.f, 4.f, 6.f, -0.f, -.5f, -1.f, -1.5f, -2.f, -3.f, -4.f, -6.f};
+  Weights w;
+  for (int i = 0; i < 16; ++i) {
+    const uint8_t* p = codes.bytes + 4 * i + j / 2;
+    w.even.v[i] = values[(p[0] >> (4 * (j % 2))) & 15];
+    w.odd.v[i] = values[(p[2] >> (4 * (j % 2))) & 15];
+  }
+  return w;
+}
+#undef LANES
+#endif
+
+// ------------------------------------------------------------------------------------------------ in these terms
+constexpr int64_t kLanes = 16;
+
+INLINE float sum_lanes(F32 x) {  // a tree: the same order in every set
+  float v[16];
+  store(v, x);
+  for (int width = 8; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) v[i] = v[i] + v[i + width];
+  return v[0];
+}
+
+INLINE float max_lanes(F32 x) {
+  float v[16];
+  store(v, x);
+  float m = v[0];
+  for (int i = 1; i < 16; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+// e^x to about one unit in the last place; 0 below the smallest normal number, large and finite above the largest.
+// Cody-Waite reduction by ln 2 in two parts and the Taylor polynomial of degree 7 on [-ln2/2, ln2/2]; NaN stays NaN.
+INLINE F32 exp(F32 x) {
+  const F32 lowest = set1(-87.33654f);
+  F32 y = max(lowest, min(set1(88.37f), x));
+  F32 n = round_nearest(mul(y, set1(1.44269504f)));
+  F32 r = fma(n, set1(-0.693359375f), y);
+  r = fma(n, set1(2.12194440e-4f), r);
+  F32 p = set1(1.f / 5040);
+  p = fma(p, r, set1(1.f / 720));
+  p = fma(p, r, set1(1.f / 120));
+  p = fma(p, r, set1(1.f / 24));
+  p = fma(p, r, set1(1.f / 6));
+  p = fma(p, r, set1(.5f));
+  p = fma(p, r, set1(1.f));
+  p = fma(p, r, set1(1.f));
+  return select(less(x, lowest), zero(), scale_by_power(p, n));
+}
+
+// Nearest, ties to even; NaN stays NaN.
+INLINE uint16_t round_bf16(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  if ((bits & 0x7FFFFFFF) > 0x7F800000) return (uint16_t)((bits >> 16) | 0x40);
+  return (uint16_t)((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
+}
+INLINE void store_packed(uint16_t* p, float x) { *p = round_bf16(x); }
+INLINE void store_packed(float* p, float x) {
+  uint32_t bits = (uint32_t)round_bf16(x) << 16;
+  __builtin_memcpy(p, &bits, 4);
+}
+
+}  // namespace

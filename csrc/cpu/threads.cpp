@@ -1,0 +1,116 @@
+#include "cpu/threads.h"
+
+#include <sched.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <fstream>
+#include <string>
+
+#include "check.h"
+
+namespace gptoss::cpu {
+namespace {
+
+constexpr int kMaxThreads = 1024;
+constexpr int kSpins = 20000;  // about 0.1 ms: longer than the gaps between the operations of a step
+
+void pause_briefly() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  __asm__ volatile("yield");
+#endif
+}
+
+int affinity_threads() {
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) return std::max(1, CPU_COUNT(&set));
+  return std::max(1u, std::thread::hardware_concurrency());
+}
+
+// Whole processors of the cgroup's quota (v2, then v1); kMaxThreads where there is none.
+int cgroup_threads() {
+  double quota = -1, period = 0;
+  std::string text;
+  if (std::ifstream v2("/sys/fs/cgroup/cpu.max"); v2 >> text >> period) {
+    if (text != "max") quota = std::atof(text.c_str());
+  } else {
+    std::ifstream v1_quota("/sys/fs/cgroup/cpu/cpu.cfs_quota_us"), v1_period("/sys/fs/cgroup/cpu/cpu.cfs_period_us");
+    if (!(v1_quota >> quota) || !(v1_period >> period)) quota = -1;
+  }
+  if (quota <= 0 || period <= 0) return kMaxThreads;
+  return std::max(1, static_cast<int>(std::ceil(quota / period)));
+}
+
+}  // namespace
+
+int default_threads() {
+  if (const char* text = std::getenv("OMP_NUM_THREADS"); text && *text) {
+    const int n = std::atoi(text);
+    if (n >= 1) return std::min(n, kMaxThreads);
+  }
+  return std::min(affinity_threads(), cgroup_threads());
+}
+
+ThreadPool::ThreadPool(int n_threads) : process_(getpid()) {
+  CHECK(n_threads >= 1 && n_threads <= kMaxThreads, "threads must be between 1 and ", kMaxThreads, ", not ", n_threads);
+  for (int i = 1; i < n_threads; ++i) workers_.emplace_back([this, i] { worker(i); });
+}
+
+ThreadPool::~ThreadPool() {
+  if (getpid() != process_) {  // a forked child has no workers to join
+    for (std::thread& worker : workers_) worker.detach();
+    return;
+  }
+  stop_ = true;
+  job_.fetch_add(1, std::memory_order_release);
+  job_.notify_all();
+  for (std::thread& worker : workers_) worker.join();
+}
+
+void ThreadPool::take_units(int thread) {
+  for (;;) {
+    const int64_t unit = next_unit_.fetch_add(1, std::memory_order_relaxed);
+    if (unit >= n_units_) return;
+    call_(context_, unit, thread);
+  }
+}
+
+void ThreadPool::run_erased(int64_t n_units, Call call, const void* context) {
+  call_ = call;
+  context_ = context;
+  n_units_ = n_units;
+  next_unit_.store(0, std::memory_order_relaxed);
+  if (workers_.empty() || n_units <= 1) return take_units(0);
+  running_.store(static_cast<uint32_t>(workers_.size()), std::memory_order_relaxed);
+  job_.fetch_add(1, std::memory_order_release);
+  job_.notify_all();
+  take_units(0);
+  for (int spins = 0; running_.load(std::memory_order_acquire) != 0; ++spins) {
+    if (spins < kSpins)
+      pause_briefly();
+    else
+      std::this_thread::yield();  // more threads than processors: let the worker run
+  }
+}
+
+void ThreadPool::worker(int thread) {
+  uint32_t seen = 0;
+  for (;;) {
+    for (int spins = 0; job_.load(std::memory_order_acquire) == seen; ++spins) {
+      if (spins < kSpins)
+        pause_briefly();
+      else
+        job_.wait(seen, std::memory_order_acquire);
+    }
+    ++seen;
+    if (stop_) return;
+    take_units(thread);
+    running_.fetch_sub(1, std::memory_order_release);
+  }
+}
+
+}  // namespace gptoss::cpu

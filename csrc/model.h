@@ -1,0 +1,109 @@
+// A loaded model: weights, cache and work space on one backend, and the forward pass over ragged batches.
+#pragma once
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <vector>
+
+#include "backend.h"
+#include "config.h"
+#include "kv_cache.h"
+#include "sampling.h"
+#include "weights.h"
+
+namespace gptoss {
+
+struct ModelOptions {
+  BackendOptions backend;
+  int64_t max_context = 0;  // 0: the config's
+};
+
+enum class Want { kNothing, kLast, kAll };  // rows whose logits a step computes
+
+class Model;
+
+// One sequence's place in the cache. Gives its pages back when it goes.
+class Sequence {
+ public:
+  explicit Sequence(std::shared_ptr<Model> model);
+  ~Sequence();
+  int64_t length() const { return cache_.length; }
+  void truncate(int64_t length);
+  void close();
+
+ private:
+  friend class Model;
+  std::shared_ptr<Model> model_;
+  SequenceCache cache_;
+  bool closed_ = false;
+};
+
+struct StepItem {
+  Sequence* sequence = nullptr;
+  std::vector<int32_t> tokens;  // appended to the sequence
+  Want want = Want::kNothing;
+  Sampler* sampler = nullptr;  // samples after the last token
+};
+
+class Model : public std::enable_shared_from_this<Model> {
+ public:
+  Model(const ModelConfig& config, const ModelOptions& options);
+
+  const ModelConfig& config() const { return config_; }
+  const Backend& backend() const { return *backend_; }
+  int64_t max_context() const { return max_context_; }
+  int64_t max_batch_tokens() const { return max_batch_tokens_; }
+
+  void load(const HostTensor& tensor);
+  void finish_loading();
+
+  // Runs the items' tokens through the model. Wanted rows of logits, [vocab] each, go to `logits` in order if it is not null.
+  // Returns one sample for each item with a sampler. On any exception every sequence and sampler is as it was.
+  // `poll` is called between layers and may throw.
+  std::vector<std::optional<Sample>> step(const std::vector<StepItem>& items, float* logits, const std::function<void()>& poll);
+
+  int64_t weight_bytes() const { return weight_bytes_; }
+  int64_t workspace_bytes() const;
+  int64_t cache_bytes() const { return cache_ ? cache_->bytes_in_use() : 0; }
+
+ private:
+  friend class Sequence;
+
+  void check_items(const std::vector<StepItem>& items) const;
+  Batch make_batch(const std::vector<StepItem>& items) const;
+  void forward(const Batch& batch, const std::function<void()>& poll);  // tokens -> x_
+  // Normed, unembedded and sampled; 64 rows of logits at a time.
+  std::vector<std::optional<Sample>> read_out(const std::vector<StepItem>& items, float* logits);
+  void check_process() const;
+  void make_rope_table();
+
+  ModelConfig config_;
+  int64_t max_context_, max_batch_tokens_;
+  int process_;  // that made the model: threads do not survive a fork
+  std::unique_ptr<Backend> backend_;
+  std::unique_ptr<WeightLoader> loader_;
+  Weights weights_;
+  int64_t weight_bytes_ = 0;
+  std::unique_ptr<KvCache> cache_;
+  std::mutex mutex_;  // one step at a time
+
+  // Work space of a step. n: tokens of the batch.
+  Buffer x_;                    // [n, H] residual stream
+  Buffer t_;                    // [n, H] normed
+  Buffer qkv_;                  // [n, (heads + 2 kv_heads) * 64]
+  Buffer q_;                    // [n, heads * 64]
+  Buffer a_;                    // [n, heads * 64] attention output
+  Buffer experts_;              // [n, k] ids
+  Buffer expert_weights_;       // [n, k]
+  Buffer logits_;               // [64, V]
+  Buffer rope_cos_, rope_sin_;  // [max_context, 32]
+};
+
+// Angle per position of each of the head_dim/2 pairs (YaRN: Peng et al. 2023, section 3.2, "NTK-by-parts").
+std::vector<double> rope_frequencies(const ModelConfig& config);
+
+// Cosines and sines of all positions, times the attention factor. cos, sin: [positions, 32]
+void fill_rope_table(const ModelConfig& config, int64_t positions, float* cos, float* sin);
+
+}  // namespace gptoss

@@ -1,0 +1,79 @@
+// From one row of logits to one token.
+//
+// In this order: logit_bias is added; repetition, presence and frequency penalties; at temperature 0 the largest logit wins
+// (ties: the lower id); else logits are divided by the temperature, the top_k largest stay (ties: lower ids), of those the
+// smallest set of the most probable that reaches top_p of their mass, of those the ones with at least min_p of the largest
+// probability; and one of the rest is drawn by its probability. The random number depends on seed and position alone, so a
+// sequence repeats whatever it is batched with. Log-probabilities are those of the model, before any of this.
+#pragma once
+#include <cstdint>
+#include <map>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+namespace gptoss {
+
+struct SamplingOptions {
+  double temperature = 1;
+  int64_t top_k = 0;  // 0: all
+  double top_p = 1;
+  double min_p = 0;
+  double repetition_penalty = 1;  // over prompt and output (Keskar et al. 2019, section 4.1)
+  double presence_penalty = 0;    // over the output
+  double frequency_penalty = 0;
+  std::map<int64_t, double> logit_bias;
+  uint64_t seed = 0;
+  int64_t logprobs = -1;  // -1: none; n: of the chosen token and of the n most probable
+};
+
+struct Sample {
+  int32_t token = 0;
+  double logprob = 0;
+  std::vector<std::pair<int32_t, double>> top;  // most probable first
+};
+
+class Sampler {
+ public:
+  Sampler(int64_t vocab_size, SamplingOptions options);
+
+  int64_t vocab_size() const { return vocab_size_; }
+  void observe_prompt(const int32_t* tokens, int64_t n);
+  // logits: [vocab_size]; position: of the token to be sampled in its sequence. Throws if the logits are not numbers.
+  Sample sample(const float* logits, int64_t position) const;
+  void record(int32_t token) { ++output_counts_[token]; }
+
+ private:
+  bool adjusts() const;
+  void adjust(std::vector<float>& logits) const;
+  int32_t draw(const float* logits, int64_t position) const;
+  void add_logprobs(Sample& sample, const float* logits) const;
+
+  int64_t vocab_size_;
+  SamplingOptions options_;
+  std::unordered_map<int32_t, int64_t> prompt_counts_, output_counts_;
+};
+
+// A number in [0, 1) for a seed and a position: Philox4x32-10 (Salmon et al., SC 2011), 53 bits of it.
+double uniform(uint64_t seed, uint64_t position);
+
+// Finds the first of several stop strings in text that comes in pieces, holding back what may still become one.
+class StopMatcher {
+ public:
+  explicit StopMatcher(std::vector<std::string> stops);
+  struct Result {
+    std::string text;  // may be shown
+    bool stopped;      // a stop string followed it; everything after is dropped
+  };
+  Result push(std::string_view piece);
+  std::string flush();  // at the end of the text: what was held back
+
+ private:
+  std::vector<std::string> stops_;
+  std::string held_;
+  bool stopped_ = false;
+};
+
+}  // namespace gptoss
