@@ -193,6 +193,11 @@ Model::Model(const ModelConfig& config, const ModelOptions& options)
   backend_ = make_backend(options.backend);
   loader_ = std::make_unique<WeightLoader>(*backend_, config_);
   weight_bytes_ = loader_->bytes();
+  // Memory is taken as tensors arrive; a machine that runs out of it half way through would crawl rather than fail.
+  constexpr double kGiB = 1 << 30;
+  if (const size_t available = backend_->available_memory(); static_cast<size_t>(weight_bytes_) > available)
+    FAIL("the weights take ", static_cast<double>(weight_bytes_) / kGiB, " GiB of memory, but only ",
+         static_cast<double>(available) / kGiB, " GiB are available");
 }
 
 void Model::load(const HostTensor& tensor) {

@@ -81,7 +81,17 @@ Sampler::Sampler(int64_t vocab_size, SamplingOptions options) : vocab_size_(voca
 }
 
 void Sampler::observe_prompt(const int32_t* tokens, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) check_token(tokens[i]);
   for (int64_t i = 0; i < n; ++i) ++prompt_counts_[tokens[i]];
+}
+
+void Sampler::record(int32_t token) {
+  check_token(token);
+  ++output_counts_[token];
+}
+
+void Sampler::check_token(int32_t token) const {
+  CHECK(token >= 0 && token < vocab_size_, "token id ", token, " is outside the vocabulary of ", vocab_size_);
 }
 
 bool Sampler::adjusts() const {
@@ -166,11 +176,19 @@ StopMatcher::StopMatcher(std::vector<std::string> stops) : stops_(std::move(stop
 StopMatcher::Result StopMatcher::push(std::string_view piece) {
   if (stopped_) return {"", true};
   held_ += piece;
-  size_t first = std::string::npos;
-  for (const std::string& stop : stops_) first = std::min(first, held_.find(stop));
-  if (first != std::string::npos) {
+  // Of several, the one that ends first (ties: the longest): what reading letter by letter would find.
+  size_t begin = std::string::npos, end = std::string::npos;
+  for (const std::string& stop : stops_) {
+    const size_t found = held_.find(stop);
+    if (found == std::string::npos) continue;
+    if (found + stop.size() < end || (found + stop.size() == end && found < begin)) {
+      begin = found;
+      end = found + stop.size();
+    }
+  }
+  if (begin != std::string::npos) {
     stopped_ = true;
-    std::string text = held_.substr(0, first);
+    std::string text = held_.substr(0, begin);
     held_.clear();
     return {std::move(text), true};
   }

@@ -43,9 +43,10 @@ class Sampler {
   void observe_prompt(const int32_t* tokens, int64_t n);
   // logits: [vocab_size]; position: of the token to be sampled in its sequence. Throws if the logits are not numbers.
   Sample sample(const float* logits, int64_t position) const;
-  void record(int32_t token) { ++output_counts_[token]; }
+  void record(int32_t token);
 
  private:
+  void check_token(int32_t token) const;
   bool adjusts() const;
   void adjust(std::vector<float>& logits) const;
   int32_t draw(const float* logits, int64_t position) const;

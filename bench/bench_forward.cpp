@@ -1,0 +1,147 @@
+// Prompt and decode speed of a whole model of random weights: no Python, no files.
+//
+//   bench_forward --shape 20b --prompt 512 --decode 32 --context 0,8192 --batch 1 --threads 2 --json
+//
+// For every context length: fills the cache with that many tokens, then times `decode` single-token steps of `batch` sequences.
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <sstream>
+
+#include "random_model.h"
+
+namespace gptoss::bench {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+double median(std::vector<double> values) {
+  std::sort(values.begin(), values.end());
+  return values[values.size() / 2];
+}
+
+std::vector<int64_t> numbers(const std::string& text) {
+  std::vector<int64_t> values;
+  std::stringstream stream(text);
+  for (std::string part; std::getline(stream, part, ',');) values.push_back(std::atoll(part.c_str()));
+  return values;
+}
+
+struct Bench {
+  std::shared_ptr<Model> model;
+  std::string shape;
+  bool json;
+  uint64_t state = 7;
+
+  std::vector<int32_t> random_tokens(int64_t n) {
+    std::vector<int32_t> tokens(n);
+    for (int32_t& token : tokens) token = static_cast<int32_t>(next_random(state) % model->config().vocab_size);
+    return tokens;
+  }
+
+  Sampler greedy_sampler() const {
+    SamplingOptions options;
+    options.temperature = 0;
+    return Sampler(model->config().vocab_size, options);
+  }
+
+  double step(const std::vector<StepItem>& items) {
+    const auto start = Clock::now();
+    model->step(items, nullptr, [] {});
+    return seconds_since(start);
+  }
+
+  // Appends n tokens in the largest steps; returns the seconds taken.
+  double read(Sequence& sequence, int64_t n, Want want) {
+    double total = 0;
+    while (n > 0) {
+      const int64_t now = std::min(n, model->max_batch_tokens());
+      n -= now;
+      total += step({{&sequence, random_tokens(now), n == 0 ? want : Want::kNothing, nullptr}});
+    }
+    return total;
+  }
+
+  void prompt(int64_t n, int64_t repeats) {
+    std::vector<double> times;
+    for (int64_t i = 0; i < repeats; ++i) {
+      Sequence sequence(model);
+      times.push_back(read(sequence, n, Want::kLast));
+    }
+    row("prompt", n, 1, static_cast<double>(n) / median(times), median(times));
+  }
+
+  void decode(int64_t context, int64_t batch, int64_t steps) {
+    std::vector<std::unique_ptr<Sequence>> sequences;
+    std::vector<Sampler> samplers(batch, greedy_sampler());
+    for (int64_t i = 0; i < batch; ++i) {
+      sequences.push_back(std::make_unique<Sequence>(model));
+      if (context > 0) read(*sequences.back(), context, Want::kNothing);
+    }
+    std::vector<double> times;
+    for (int64_t i = 0; i < steps + 2; ++i) {
+      std::vector<StepItem> items;
+      for (int64_t b = 0; b < batch; ++b) items.push_back({sequences[b].get(), random_tokens(1), Want::kLast, &samplers[b]});
+      const double seconds = step(items);
+      if (i >= 2) times.push_back(seconds);  // two to warm up
+    }
+    row("decode", context, batch, static_cast<double>(batch) / median(times), median(times));
+  }
+
+  void row(const char* what, int64_t context, int64_t batch, double rate, double seconds) const {
+    if (json)
+      std::printf("{\"bench\": \"%s\", \"shape\": \"%s\", \"layers\": %ld, \"tokens\": %ld, \"batch\": %ld, \"device\": \"%s\", "
+                  "\"isa\": \"%s\", \"threads\": %d, \"tokens_per_second\": %.3f, \"seconds\": %.6f}\n",
+                  what, shape.c_str(), static_cast<long>(model->config().n_layers), static_cast<long>(context),
+                  static_cast<long>(batch), model->backend().device().c_str(), model->backend().isa().c_str(),
+                  model->backend().threads(), rate, seconds);
+    else
+      std::printf("%-7s %6ld tokens  batch %-3ld %10.2f tok/s  %9.2f ms\n", what, static_cast<long>(context),
+                  static_cast<long>(batch), rate, seconds * 1e3);
+    std::fflush(stdout);
+  }
+};
+
+int run(int argc, char** argv) {
+  std::map<std::string, std::string> options = {{"shape", "20b"}, {"layers", "0"},  {"prompt", "512"}, {"decode", "32"},
+                                                {"context", "0"}, {"batch", "1"},   {"threads", "0"},  {"device", "cpu"},
+                                                {"isa", ""},      {"repeats", "3"}, {"json", ""},      {"step", "512"}};
+  for (int i = 1; i < argc; ++i) {
+    const std::string name = std::strncmp(argv[i], "--", 2) == 0 ? argv[i] + 2 : "";
+    CHECK(options.count(name), "unknown option ", argv[i]);
+    if (name == "json") {
+      options[name].push_back('1');
+      continue;
+    }
+    CHECK(i + 1 < argc, argv[i], " needs a value");
+    options[name] = argv[++i];
+  }
+  ModelOptions model_options;
+  model_options.backend = {options["device"], std::atoi(options["threads"].c_str()), options["isa"], numbers(options["step"]).at(0)};
+  const auto start = Clock::now();
+  Bench bench{random_model(preset(options["shape"], numbers(options["layers"]).at(0)), model_options), options["shape"],
+              !options["json"].empty()};
+  if (!bench.json) std::printf("random weights made in %.1f s\n", seconds_since(start));
+  for (int64_t n : numbers(options["prompt"]))
+    if (n > 0) bench.prompt(n, numbers(options["repeats"]).at(0));
+  if (const int64_t steps = numbers(options["decode"]).at(0); steps > 0)
+    for (int64_t batch : numbers(options["batch"]))
+      for (int64_t context : numbers(options["context"])) bench.decode(context, batch, steps);
+  return 0;
+}
+
+}  // namespace
+}  // namespace gptoss::bench
+
+int main(int argc, char** argv) {
+  try {
+    return gptoss::bench::run(argc, argv);
+  } catch (const std::exception& error) {
+    std::fprintf(stderr, "bench_forward: %s\n", error.what());
+    return 1;
+  }
+}
