@@ -1,0 +1,276 @@
+"""The C++ core.
+
+Tensors cross by DLPack: any contiguous CPU tensor will do, from torch, numpy or elsewhere.
+Errors are ValueError for what the caller gave and RuntimeError for the rest; the message names the
+argument or tensor. Every call that computes releases the GIL.
+"""
+
+from collections.abc import Sequence as Seq
+from typing import Any, Final, Protocol
+
+__version__: str
+
+class DLPackTensor(Protocol):
+    """A tensor other libraries can read in place, such as torch.Tensor or numpy.ndarray."""
+
+    def __dlpack__(self, *args: Any, **kwargs: Any) -> Any: ...
+    def __dlpack_device__(self) -> tuple[int, int]: ...
+
+class Config:
+    """The shape of a model. Checked when made: ValueError names the field."""
+
+    hidden_size: Final[int]
+    n_layers: Final[int]
+    n_heads: Final[int]
+    n_kv_heads: Final[int]
+    head_dim: Final[int]
+    n_experts: Final[int]
+    experts_per_token: Final[int]
+    intermediate_size: Final[int]
+    vocab_size: Final[int]
+    max_context: Final[int]
+    rms_norm_eps: Final[float]
+    rope_theta: Final[float]
+    rope_factor: Final[float]
+    rope_original_context: Final[int]
+    rope_beta_fast: Final[float]
+    rope_beta_slow: Final[float]
+    rope_truncate: Final[bool]
+    rope_attention_factor: Final[float]
+    swiglu_limit: Final[float]
+    layer_windows: Final[list[int]]
+    """For each layer how many keys it sees, the token's own included; 0 means all."""
+
+    def __init__(
+        self,
+        *,
+        hidden_size: int,
+        n_layers: int,
+        n_heads: int,
+        n_kv_heads: int,
+        head_dim: int,
+        n_experts: int,
+        experts_per_token: int,
+        intermediate_size: int,
+        vocab_size: int,
+        max_context: int,
+        rms_norm_eps: float,
+        rope_theta: float,
+        rope_factor: float,
+        rope_original_context: int,
+        rope_beta_fast: float,
+        rope_beta_slow: float,
+        rope_truncate: bool,
+        rope_attention_factor: float,
+        swiglu_limit: float,
+        layer_windows: list[int],
+    ) -> None: ...
+
+class TensorSpec:
+    """A tensor that a checkpoint must have; dtypes as safetensors spells them ("BF16", "F32")."""
+
+    name: Final[str]
+    shape: Final[list[int]]
+    dtypes: Final[list[str]]
+
+def expected_tensors(config: Config, layout: str) -> list[TensorSpec]:
+    """Every tensor of a checkpoint in this layout, "huggingface" or "original"."""
+
+def isa_names() -> list[str]:
+    """The instruction sets this build has kernels for."""
+
+def supported_isas() -> list[str]:
+    """Those this machine can run."""
+
+def active_isa() -> str:
+    """The one in use: GPTOSS_ISA (ValueError if it names none of those) or else the best."""
+
+def cuda_available() -> bool:
+    """Whether this build has CUDA and this machine a device."""
+
+def build_info() -> dict[str, str]:
+    """Compiler, flags and features of this build."""
+
+class Core:
+    """One model on one device. Calls from several threads take turns."""
+
+    config: Final[Config]
+    threads: Final[int]
+    isa: Final[str]
+    device: Final[str]
+    max_context: Final[int]
+    max_batch_tokens: Final[int]
+
+    def __init__(
+        self,
+        config: Config,
+        device: str = "cpu",
+        threads: int = 0,
+        max_context: int = 0,
+        max_batch_tokens: int = 512,
+    ) -> None:
+        """0 means the default. Weights come by `load_tensor`, then `finish_loading`."""
+
+    def load_tensor(self, name: str, tensor: DLPackTensor) -> None:
+        """Copy in one tensor, named as in either layout. ValueError: wrong name, shape or dtype."""
+
+    def finish_loading(self) -> None:
+        """ValueError naming the tensors that are missing."""
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of "weights", "cache_used" and "workspace"."""
+
+    def step(
+        self,
+        items: Seq[tuple[Sequence, Seq[int], int, Sampler | None]],
+        logits: DLPackTensor | None = None,
+    ) -> list[Sample | None]:
+        """Run one ragged batch through the model.
+
+        Args:
+            items: (sequence, tokens appended to it, want, sampler). want is 0 for nothing, 1 for
+                the logits of the last token, 2 for those of all. A sampler (want 1) draws the next
+                token from them; it is recorded in the sampler and not appended to the sequence. No
+                sequence may come twice, and all tokens together are at most `max_batch_tokens`.
+            logits: float32 [wanted rows, vocab_size], filled in the order of the items.
+
+        Returns:
+            For each item the token drawn, or None without a sampler.
+
+        After any exception, KeyboardInterrupt included, every sequence is as long as before.
+        """
+
+class Sequence:
+    """The cache of one sequence."""
+
+    length: Final[int]
+    """Tokens in the cache."""
+
+    def __init__(self, core: Core) -> None: ...
+    def truncate(self, length: int) -> None:
+        """Forget all but the first `length` tokens.
+
+        ValueError if a window layer has already let go of what the new end must see.
+        """
+
+    def close(self) -> None:
+        """Free the pages. Harmless when repeated."""
+
+class Sampler:
+    """Draws tokens. The randomness at a position comes from seed and position alone."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: dict[int, float] = ...,
+        seed: int = 0,
+        logprobs: int = -1,
+    ) -> None:
+        """top_k 0 is off; logprobs -1 is none, 0 only the drawn token's, n also the n likeliest."""
+
+    def observe_prompt(self, tokens: Seq[int]) -> None:
+        """Tell the repetition penalty what the prompt holds."""
+
+    def record(self, token: int) -> None:
+        """Tell the penalties of a drawn token. `Core.step` does it itself."""
+
+    def sample(self, logits: DLPackTensor, position: int) -> Sample:
+        """Draw from one row, float32 [vocab_size], at this position of the sequence."""
+
+class Sample:
+    """A drawn token, its log probability (natural), and the likeliest tokens, best first."""
+
+    token: Final[int]
+    logprob: Final[float]
+    top: Final[list[tuple[int, float]]]
+
+class StopMatcher:
+    """Finds stop strings in text that comes in pieces."""
+
+    def __init__(self, stops: list[str]) -> None: ...
+    def push(self, text: str) -> tuple[str, bool]:
+        """(text that is safe to show, whether a stop string begins right behind it)."""
+
+    def flush(self) -> str:
+        """The text still held back, when no more will come."""
+
+class Ops:
+    """Single operations of a backend, for tests. Results go into the first argument."""
+
+    def __init__(self, device: str = "cpu", isa: str = "", threads: int = 1) -> None: ...
+    def embed(self, out: DLPackTensor, tokens: DLPackTensor, table: DLPackTensor) -> None:
+        """out f32 [n, H] = rows `tokens` i32 [n] of table bf16 [V, H]."""
+
+    def rmsnorm(self, out: DLPackTensor, x: DLPackTensor, weight: DLPackTensor, eps: float) -> None:
+        """out f32 [n, H] = x f32 [n, H] / rms(x) * weight f32 [H]."""
+
+    def linear(
+        self,
+        out: DLPackTensor,
+        x: DLPackTensor,
+        weight: DLPackTensor,
+        bias: DLPackTensor | None,
+        add: bool = False,
+    ) -> None:
+        """out f32 [n, M] = [out +] bf16(x f32 [n, K]) weight bf16 [M, K]^T + bias f32 [M]."""
+
+    def attention(
+        self,
+        out: DLPackTensor,
+        qkv: DLPackTensor,
+        positions: DLPackTensor,
+        sequence_lengths: list[int],
+        sinks: DLPackTensor,
+        window: int,
+        config: Config,
+        chunk: int = 0,
+    ) -> None:
+        """Rotation, cache and attention of whole sequences.
+
+        out f32 [n, n_heads * 64]; qkv f32 [n, (n_heads + 2 n_kv_heads) * 64], rows by sequence;
+        positions i32 [n], from 0 in each sequence; sinks f32 [n_heads]; window 0 = all keys;
+        chunk > 0 feeds that many rows at a time.
+        """
+
+    def route(
+        self,
+        ids: DLPackTensor,
+        weights: DLPackTensor,
+        t: DLPackTensor,
+        weight: DLPackTensor,
+        bias: DLPackTensor,
+    ) -> None:
+        """The k best (ids i32, weights f32 [n, k]) of t f32 [n, H] weight bf16 [E, H]^T + bias."""
+
+    def moe(
+        self,
+        x: DLPackTensor,
+        t: DLPackTensor,
+        ids: DLPackTensor,
+        weights: DLPackTensor,
+        gate_up_blocks: DLPackTensor,
+        gate_up_scales: DLPackTensor,
+        gate_up_bias: DLPackTensor,
+        down_blocks: DLPackTensor,
+        down_scales: DLPackTensor,
+        down_bias: DLPackTensor,
+        limit: float,
+    ) -> None:
+        """x f32 [n, H] += weighted sum of the experts of t f32 [n, H].
+
+        ids i32, weights f32 [n, k]; gate_up blocks u8 [E, 2I, H/32, 16], scales u8 [E, 2I, H/32],
+        bias f32 [E, 2I]; down blocks u8 [E, H, I/32, 16], scales u8 [E, H, I/32], bias f32 [E, H].
+        """
+
+    def mxfp4_linear(
+        self, out: DLPackTensor, x: DLPackTensor, blocks: DLPackTensor, scales: DLPackTensor
+    ) -> None:
+        """out f32 [n, M] = bf16(x f32 [n, K]) W^T; blocks u8 [M, K/32, 16], scales u8 [M, K/32]."""

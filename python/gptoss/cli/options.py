@@ -1,0 +1,41 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Checkpoint = Annotated[
+    str, typer.Argument(metavar="PATH", help="Checkpoint directory.", show_default=False)
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Threads = Annotated[
+    int | None, typer.Option(help="CPU threads; default: one per core.", show_default=False)
+]
+MaxContext = Annotated[
+    int | None,
+    typer.Option(
+        help="Most tokens of prompt and answer; default: the model's.", show_default=False
+    ),
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no statistics.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+OutputDirectory = Annotated[Path, typer.Argument(metavar="OUT", help="Directory to make.")]
+
+
+def show_progress(quiet: bool) -> bool:
+    """Whether to draw progress bars: only for someone who watches."""
+    return not quiet and sys.stderr.isatty()
+
+
+def integers(text: str, option: str) -> list[int]:
+    """Parse "1,2,3". Raises typer.BadParameter naming the option."""
+    try:
+        return [int(number) for number in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(
+            f"{text!r} is not a list of integers like 1,2,3", param_hint=option
+        ) from None
