@@ -146,7 +146,11 @@ std::vector<std::optional<Sample>> Model::step(const std::vector<StepItem>& item
   CHECK(cache_, "the model is not loaded yet");
   check_items(items);
   try {
-    for (const StepItem& item : items) cache_->extend(item.sequence->cache_, static_cast<int64_t>(item.tokens.size()));
+    for (const StepItem& item : items) {
+      const int64_t n = static_cast<int64_t>(item.tokens.size());
+      cache_->extend(item.sequence->cache_, n);
+      extend_rope_table(item.sequence->length() + n);
+    }
     forward(make_batch(items), poll);
     std::vector<std::optional<Sample>> samples = read_out(items, logits);
     for (size_t i = 0; i < items.size(); ++i) {
@@ -225,7 +229,8 @@ void Model::finish_loading() {
   experts_ = floats(n * k);
   expert_weights_ = floats(n * k);
   logits_ = floats(kLogitRows * config_.vocab_size);
-  make_rope_table();
+  rope_cos_ = floats(max_context_ * kHeadDim / 2);
+  rope_sin_ = floats(max_context_ * kHeadDim / 2);
 
   // Page numbers for as many tokens as memory holds; pages themselves become resident as they are used.
   const int64_t per_page = 2 * backend_->page_bytes(config_.n_kv_heads) * config_.n_layers;
@@ -237,14 +242,17 @@ void Model::finish_loading() {
   cache_ = std::make_unique<KvCache>(*backend_, config_, n_pages);
 }
 
-void Model::make_rope_table() {
-  const int64_t size = max_context_ * (kHeadDim / 2);
-  std::vector<float> cos(size), sin(size);
-  fill_rope_table(config_, max_context_, cos.data(), sin.data());
-  rope_cos_ = backend_->allocate(size * sizeof(float));
-  rope_sin_ = backend_->allocate(size * sizeof(float));
-  backend_->copy_in(rope_cos_.data(), cos.data(), size * sizeof(float));
-  backend_->copy_in(rope_sin_.data(), sin.data(), size * sizeof(float));
+// Sines take a while to compute, and few sequences are long: the table grows as positions are first reached.
+void Model::extend_rope_table(int64_t end) {
+  constexpr int64_t kStep = 4096, kPairs = kHeadDim / 2;
+  if (end <= rope_end_) return;
+  end = std::min(max_context_, (end + kStep - 1) / kStep * kStep);
+  const int64_t first = rope_end_ * kPairs, n = (end - rope_end_) * kPairs;
+  std::vector<float> cos(n), sin(n);
+  fill_rope_table(config_, rope_end_, end, cos.data(), sin.data());
+  backend_->copy_in(rope_cos_.as<float>() + first, cos.data(), n * sizeof(float));
+  backend_->copy_in(rope_sin_.as<float>() + first, sin.data(), n * sizeof(float));
+  rope_end_ = end;
 }
 
 int64_t Model::workspace_bytes() const {

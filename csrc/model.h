@@ -76,7 +76,7 @@ class Model : public std::enable_shared_from_this<Model> {
   // Normed, unembedded and sampled; 64 rows of logits at a time.
   std::vector<std::optional<Sample>> read_out(const std::vector<StepItem>& items, float* logits);
   void check_process() const;
-  void make_rope_table();
+  void extend_rope_table(int64_t end);
 
   ModelConfig config_;
   int64_t max_context_, max_batch_tokens_;
@@ -97,13 +97,14 @@ class Model : public std::enable_shared_from_this<Model> {
   Buffer experts_;              // [n, k] ids
   Buffer expert_weights_;       // [n, k]
   Buffer logits_;               // [64, V]
+  int64_t rope_end_ = 0;        // positions the rope tables hold so far
   Buffer rope_cos_, rope_sin_;  // [max_context, 32]
 };
 
 // Angle per position of each of the head_dim/2 pairs (YaRN: Peng et al. 2023, section 3.2, "NTK-by-parts").
 std::vector<double> rope_frequencies(const ModelConfig& config);
 
-// Cosines and sines of all positions, times the attention factor. cos, sin: [positions, 32]
-void fill_rope_table(const ModelConfig& config, int64_t positions, float* cos, float* sin);
+// Cosines and sines of positions [first, end), times the attention factor. cos, sin: [end - first, 32]
+void fill_rope_table(const ModelConfig& config, int64_t first, int64_t end, float* cos, float* sin);
 
 }  // namespace gptoss

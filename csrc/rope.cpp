@@ -34,14 +34,14 @@ std::vector<double> rope_frequencies(const ModelConfig& config) {
   return frequencies;
 }
 
-void fill_rope_table(const ModelConfig& config, int64_t positions, float* cos, float* sin) {
+void fill_rope_table(const ModelConfig& config, int64_t first, int64_t end, float* cos, float* sin) {
   const std::vector<double> frequencies = rope_frequencies(config);
   const int64_t pairs = static_cast<int64_t>(frequencies.size());
-  for (int64_t position = 0; position < positions; ++position) {
+  for (int64_t position = first; position < end; ++position) {
     for (int64_t i = 0; i < pairs; ++i) {
       const double angle = static_cast<double>(position) * frequencies[i];
-      cos[position * pairs + i] = static_cast<float>(std::cos(angle) * config.rope_attention_factor);
-      sin[position * pairs + i] = static_cast<float>(std::sin(angle) * config.rope_attention_factor);
+      cos[(position - first) * pairs + i] = static_cast<float>(std::cos(angle) * config.rope_attention_factor);
+      sin[(position - first) * pairs + i] = static_cast<float>(std::sin(angle) * config.rope_attention_factor);
     }
   }
 }

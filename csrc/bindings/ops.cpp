@@ -112,7 +112,7 @@ class Ops {
     for (int64_t length : lengths) total += length;
     CHECK(total == n, "sequence_lengths: they add up to ", total, ", not ", n, " rows");
     std::vector<float> cos(end * 32), sin(end * 32);
-    fill_rope_table(config, end, cos.data(), sin.data());
+    fill_rope_table(config, 0, end, cos.data(), sin.data());
     const Buffer cos_ = put(cos), sin_ = put(sin);
     const RopeTable rope{cos_.mat<const float>(end, 32), sin_.mat<const float>(end, 32)};
     KvCache cache(*backend_, config, (n / kPageTokens + 2) * static_cast<int64_t>(lengths.size()) + 2);

@@ -5,6 +5,7 @@
 // MXFP4 scales, are then added to running sums in the first-level cache. FP4 codes become bfloat16 in registers.
 #pragma once
 #include "cpu/kernel_table.h"
+#include "pack.h"
 #include "simd.h"
 
 namespace {
@@ -127,18 +128,14 @@ static void write_rows(const MatmulArgs& a, const float* totals, int64_t panel, 
 
 // totals: 16 gates and 16 ups of n tokens -> inputs 16 panel .. of a tile [I/2][n][2].
 static void write_swiglu(const MatmulArgs& a, const float* totals, int64_t panel, int64_t first, int64_t n) {
-  float bias[32], gates[16], ups[16], values[16];  // bias rows alternate gate, up as in the checkpoint
+  float bias[32], gates[16], ups[16];  // bias rows alternate gate, up as in the checkpoint
   load_bias(bias, a.bias, panel * 32, a.rows);
   for (int64_t i = 0; i < 16; ++i) gates[i] = bias[2 * i], ups[i] = bias[2 * i + 1];
-  Packed* tile = (Packed*)a.packed_out + first * (a.rows / 2) + panel * 16 * n;
+  Packed* tile = (Packed*)a.packed_out + first * (a.rows / 2);
   for (int64_t t = 0; t < n; ++t) {
     F32 gate = add(load(totals + t * kLanes), load(gates));
     F32 up = add(load(totals + (n + t) * kLanes), load(ups));
-    store(values, swiglu(gate, up, a.swiglu_limit));
-    for (int64_t i = 0; i < 16; i += 2) {
-      store_packed(tile + i * n + 2 * t, values[i]);
-      store_packed(tile + i * n + 2 * t + 1, values[i + 1]);
-    }
+    put_in_tile(tile, panel * 16, t, n, swiglu(gate, up, a.swiglu_limit));
   }
 }
 

@@ -53,14 +53,19 @@ static void pack_mxfp4_scales(uint8_t* panel, const uint8_t* scales, int64_t n_r
     for (int64_t b = 0; b < n_blocks; ++b) panel[b * kPanelRows + panel_lane(r, gate_up)] = scales[r * n_blocks + b];
 }
 
+// Writes inputs i .. i + 15 of token t into a tile of n tokens, [K/2][n][2].
+INLINE void put_in_tile(Packed* tile, int64_t i, int64_t t, int64_t n, F32 x) {
+  Packed* out = tile + i * n + 2 * t;
+  if (n == 1) return store_packed(out, x);
+  Packed values[16];
+  store_packed(values, x);
+  for (int64_t pair = 0; pair < 8; ++pair) __builtin_memcpy(out + 2 * pair * n, values + 2 * pair, 2 * sizeof(Packed));
+}
+
 static void pack_tokens(void* tile, const float* x, int64_t stride, const int32_t* rows, int64_t n, int64_t cols) {
-  Packed* out = (Packed*)tile;
   for (int64_t t = 0; t < n; ++t) {
     const float* in = x + (rows ? rows[t] : t) * stride;
-    for (int64_t i = 0; i < cols; i += 2) {
-      store_packed(out + i * n + 2 * t, in[i]);
-      store_packed(out + i * n + 2 * t + 1, in[i + 1]);
-    }
+    for (int64_t i = 0; i < cols; i += kLanes) put_in_tile((Packed*)tile, i, t, n, load(in + i));
   }
 }
 

@@ -36,12 +36,12 @@ static void rope(float* out, const float* x, const float* cos, const float* sin)
 }
 
 static void append(uint16_t* key_page, uint16_t* value_page, int64_t slot, const float* key, const float* value) {
-  uint16_t* keys = key_page + slot / 16 * (16 * 64) + slot % 16 * 2;
-  for (int64_t d = 0; d < 64; d += 2) {
-    keys[d / 2 * 32] = round_bf16(key[d]);
-    keys[d / 2 * 32 + 1] = round_bf16(key[d + 1]);
+  uint16_t rounded[64], *keys = key_page + slot / 16 * (16 * 64) + slot % 16 * 2;
+  for (int64_t d = 0; d < 64; d += kLanes) {
+    store_bf16(rounded + d, load(key + d));
+    store_bf16(value_page + slot * 64 + d, load(value + d));
   }
-  for (int64_t d = 0; d < 64; ++d) value_page[slot * 64 + d] = round_bf16(value[d]);
+  for (int64_t pair = 0; pair < 32; ++pair) __builtin_memcpy(keys + pair * 32, rounded + 2 * pair, 4);
 }
 
 }  // namespace

@@ -43,6 +43,19 @@ INLINE F32 scale_by_power(F32 x, F32 n) { return _mm512_scalef_ps(x, n); }
 INLINE F32 load_bf16(const uint16_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)p)), 16));
 }
+// To the nearest bfloat16, ties to even; NaN stays NaN.
+INLINE F32 round_bf16(F32 x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7FFF)), odd);
+  const __m512i quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x400000));
+  rounded = _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), quiet);
+  return _mm512_castsi512_ps(_mm512_and_si512(rounded, _mm512_set1_epi32((int)0xFFFF0000)));
+}
+INLINE void store_bf16(uint16_t* p, F32 x) {
+  const __m512i high = _mm512_srli_epi32(_mm512_castps_si512(round_bf16(x)), 16);
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(high));
+}
 // 2^(byte - 127) of 16 scale bytes; byte 0 is the subnormal 2^-127
 INLINE F32 load_scales(const uint8_t* p) {
   __m512i e = _mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)), 23);
@@ -130,6 +143,20 @@ INLINE __m256 widen(__m128i bf16x8) { return _mm256_castsi256_ps(_mm256_slli_epi
 INLINE F32 load_bf16(const uint16_t* p) {
   return {widen(_mm_loadu_si128((const __m128i*)p)), widen(_mm_loadu_si128((const __m128i*)(p + 8)))};
 }
+INLINE __m256 round_bf16(__m256 x) {
+  const __m256i bits = _mm256_castps_si256(x);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7FFF)), odd);
+  const __m256 quiet = _mm256_or_ps(x, _mm256_castsi256_ps(_mm256_set1_epi32(0x400000)));
+  const __m256 value = _mm256_blendv_ps(_mm256_castsi256_ps(rounded), quiet, _mm256_cmp_ps(x, x, _CMP_UNORD_Q));
+  return _mm256_and_ps(value, _mm256_castsi256_ps(_mm256_set1_epi32((int)0xFFFF0000)));
+}
+INLINE F32 round_bf16(F32 x) { return {round_bf16(x.lo), round_bf16(x.hi)}; }
+INLINE void store_bf16(uint16_t* p, F32 x) {
+  const F32 r = round_bf16(x);
+  const __m256i lo = _mm256_srli_epi32(_mm256_castps_si256(r.lo), 16), hi = _mm256_srli_epi32(_mm256_castps_si256(r.hi), 16);
+  _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(_mm256_packus_epi32(lo, hi), 0xD8));
+}
 INLINE __m256 scales8(__m128i bytes) {
   __m256i e = _mm256_slli_epi32(_mm256_cvtepu8_epi32(bytes), 23);
   return _mm256_castsi256_ps(_mm256_max_epu32(e, _mm256_set1_epi32(0x00400000)));
@@ -199,6 +226,15 @@ INLINE float bits_to_float(uint32_t bits) {
   __builtin_memcpy(&x, &bits, 4);
   return x;
 }
+INLINE uint32_t float_to_bits(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  return bits;
+}
+INLINE uint32_t round_bits(uint32_t bits) {
+  if ((bits & 0x7FFFFFFF) > 0x7F800000) return (bits | 0x400000) & 0xFFFF0000;
+  return (bits + 0x7FFF + (bits >> 16 & 1)) & 0xFFFF0000;
+}
 INLINE F32 zero() LANES(F32, 0.f)
 INLINE F32 set1(float x) LANES(F32, x)
 INLINE F32 load(const float* p) LANES(F32, p[i])
@@ -217,6 +253,10 @@ INLINE F32 select(const Mask& m, const F32& yes, const F32& no) LANES(F32, m.v[i
 INLINE F32 round_nearest(const F32& x) LANES(F32, (x.v[i] + 12582912.f) - 12582912.f)  // |x| < 2^22
 INLINE F32 scale_by_power(const F32& x, const F32& n) LANES(F32, x.v[i] * bits_to_float((uint32_t)((int)n.v[i] + 127) << 23))
 INLINE F32 load_bf16(const uint16_t* p) LANES(F32, bits_to_float((uint32_t)p[i] << 16))
+INLINE F32 round_bf16(const F32& x) LANES(F32, bits_to_float(round_bits(float_to_bits(x.v[i]))))
+INLINE void store_bf16(uint16_t* p, const F32& x) {
+  for (int i = 0; i < 16; ++i) p[i] = (uint16_t)(round_bits(float_to_bits(x.v[i])) >> 16);
+}
 INLINE F32 load_scales(const uint8_t* p) LANES(F32, bits_to_float(p[i] ? (uint32_t)p[i] << 23 : 0x00400000u))
 
     // clang-format on
@@ -299,17 +339,8 @@ INLINE F32 exp(F32 x) {
   return select(less(x, lowest), zero(), scale_by_power(p, n));
 }
 
-// Nearest, ties to even; NaN stays NaN.
-INLINE uint16_t round_bf16(float x) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, &x, 4);
-  if ((bits & 0x7FFFFFFF) > 0x7F800000) return (uint16_t)((bits >> 16) | 0x40);
-  return (uint16_t)((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16);
-}
-INLINE void store_packed(uint16_t* p, float x) { *p = round_bf16(x); }
-INLINE void store_packed(float* p, float x) {
-  uint32_t bits = (uint32_t)round_bf16(x) << 16;
-  __builtin_memcpy(p, &bits, 4);
-}
+// 16 elements of a packed tile.
+INLINE void store_packed(uint16_t* p, F32 x) { store_bf16(p, x); }
+INLINE void store_packed(float* p, F32 x) { store(p, round_bf16(x)); }
 
 }  // namespace
