@@ -35,14 +35,11 @@ INLINE uint32_t split_codes(uint32_t v) {
 
 static void pack_mxfp4_blocks(uint8_t* panel, const uint8_t* blocks, int64_t n_rows, int64_t cols, bool gate_up) {
   uint32_t* out = (uint32_t*)(panel + gptoss::cpu::mxfp4_scale_bytes(cols));  // [cols/8][32]
-  if (n_rows < kPanelRows) __builtin_memset(out, 0, cols / 2 * kPanelRows);
-  for (int64_t group0 = 0; group0 < cols / 8; group0 += 4) {  // one block of 32 inputs
-    for (int64_t r = 0; r < n_rows; ++r) {
-      uint32_t in[4];
-      __builtin_memcpy(in, blocks + r * cols / 2 + group0 * 4, 16);
-      uint32_t* column = out + group0 * kPanelRows + panel_lane(r, gate_up);
-      for (int64_t i = 0; i < 4; ++i) column[i * kPanelRows] = split_codes(in[i]);
-    }
+  uint32_t in[kPanelRows][4] = {};                                            // one block of 32 inputs of every lane
+  for (int64_t block = 0; block < cols / 32; ++block, out += 4 * kPanelRows) {
+    for (int64_t r = 0; r < n_rows; ++r) __builtin_memcpy(in[panel_lane(r, gate_up)], blocks + r * cols / 2 + block * 16, 16);
+    for (int64_t i = 0; i < 4; ++i)
+      for (int64_t lane = 0; lane < kPanelRows; ++lane) out[i * kPanelRows + lane] = split_codes(in[lane][i]);
   }
 }
 
