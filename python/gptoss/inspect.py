@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # imported when first needed
     from rich.console import Console
 
 CACHE_BYTES = 2  # keys and values are bfloat16
+PAGE_TOKENS = 128  # of the cache
 CODES_PER_BYTE = 2  # of MXFP4 blocks
 DTYPE_BYTES = {"BF16": 2, "F32": 4, "U8": 1}
 
@@ -58,7 +59,8 @@ class Description:
         parts: MLP, attention, embedding and unembedding.
         total: their sum.
         cache_bytes_per_token: what each token of context adds: keys and values of the full layers.
-        cache_window_bytes: what the window layers hold of a sequence, at most, however long.
+        cache_window_bytes: what the window layers hold of a sequence between steps, at most,
+            however long it is: the pages of 128 tokens that the next token's window touches.
         unused_tensors: names of tensors in the files that the model has no use for.
         has_tokenizer: whether there is a tokenizer.json.
     """
@@ -105,6 +107,11 @@ def describe_config(config: _gptoss.Config, layout: str = "huggingface") -> Desc
     )
 
 
+def _held_tokens(window: int) -> int:
+    """Tokens of the pages that the window's last `window` - 1 keys and the next one can lie in."""
+    return ((window - 2 + PAGE_TOKENS) // PAGE_TOKENS + 1) * PAGE_TOKENS
+
+
 def _describe(
     config: _gptoss.Config,
     layout: str,
@@ -132,7 +139,7 @@ def _describe(
         parts=tuple(parts.values()),
         total=total,
         cache_bytes_per_token=token_bytes * (config.n_layers - len(windows)),
-        cache_window_bytes=token_bytes * sum(windows),
+        cache_window_bytes=token_bytes * sum(_held_tokens(window) for window in windows),
         unused_tensors=unused_tensors,
         has_tokenizer=has_tokenizer,
     )

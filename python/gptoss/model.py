@@ -82,7 +82,8 @@ class Model:
             path: the directory (or, with the extra `hub`, a repository id).
             device: "cpu", "cuda", "cuda:N", or "auto": CUDA where this build and machine have it.
             max_context: most tokens of prompt and answer together; None for what the config allows.
-            threads: CPU threads, 1 to 1024; None for one per core.
+            threads: CPU threads, 1 to 1024; None for OMP_NUM_THREADS, or else as many processors as
+                the process's affinity and its cgroup's quota allow.
             progress: show a progress bar on stderr.
 
         Raises:

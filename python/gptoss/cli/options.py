@@ -13,7 +13,7 @@ Checkpoint = Annotated[
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Threads = Annotated[
-    int | None, typer.Option(help="CPU threads; default: one per core.", show_default=False)
+    int | None, typer.Option(help="CPU threads; default: all it may use.", show_default=False)
 ]
 MaxContext = Annotated[
     int | None,
