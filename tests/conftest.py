@@ -1,0 +1,44 @@
+"""Fixtures of all tests. `isa` runs a test once for each instruction set this machine has."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # on tensors this small, more threads mostly wait for each other
+
+if TYPE_CHECKING:
+    from gptoss import Model
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "isa" in metafunc.fixturenames:
+        from gptoss import _gptoss
+
+        metafunc.parametrize("isa", _gptoss.supported_isas())
+
+
+@pytest.fixture
+def forced_isa(isa: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Makes every Core built within the test use the instruction set `isa`."""
+    monkeypatch.setenv("GPTOSS_ISA", isa)
+    return isa
+
+
+@pytest.fixture(scope="session")
+def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny random checkpoint with a tokenizer of 512 tokens."""
+    from gptoss.synth import synthesize
+
+    return synthesize(tmp_path_factory.mktemp("tiny") / "model", progress=False)
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_path: Path) -> "Iterator[Model]":
+    """That checkpoint on the CPU. Shared: a test must leave it as it found it."""
+    from gptoss import Model
+
+    with Model.load(tiny_path, "cpu", progress=False) as model:
+        yield model
