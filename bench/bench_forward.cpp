@@ -94,11 +94,12 @@ struct Bench {
 
   void row(const char* what, int64_t context, int64_t batch, double rate, double seconds) const {
     if (json)
-      std::printf("{\"bench\": \"%s\", \"shape\": \"%s\", \"layers\": %ld, \"tokens\": %ld, \"batch\": %ld, \"device\": \"%s\", "
-                  "\"isa\": \"%s\", \"threads\": %d, \"tokens_per_second\": %.3f, \"seconds\": %.6f}\n",
-                  what, shape.c_str(), static_cast<long>(model->config().n_layers), static_cast<long>(context),
-                  static_cast<long>(batch), model->backend().device().c_str(), model->backend().isa().c_str(),
-                  model->backend().threads(), rate, seconds);
+      std::printf(
+          "{\"bench\": \"%s\", \"shape\": \"%s\", \"layers\": %ld, \"tokens\": %ld, \"batch\": %ld, \"device\": \"%s\", "
+          "\"isa\": \"%s\", \"threads\": %d, \"tokens_per_second\": %.3f, \"seconds\": %.6f}\n",
+          what, shape.c_str(), static_cast<long>(model->config().n_layers), static_cast<long>(context),
+          static_cast<long>(batch), model->backend().device().c_str(), model->backend().isa().c_str(),
+          model->backend().threads(), rate, seconds);
     else
       std::printf("%-7s %6ld tokens  batch %-3ld %10.2f tok/s  %9.2f ms\n", what, static_cast<long>(context),
                   static_cast<long>(batch), rate, seconds * 1e3);
@@ -121,7 +122,8 @@ int run(int argc, char** argv) {
     options[name] = argv[++i];
   }
   ModelOptions model_options;
-  model_options.backend = {options["device"], std::atoi(options["threads"].c_str()), options["isa"], numbers(options["step"]).at(0)};
+  model_options.backend = {options["device"], std::atoi(options["threads"].c_str()), options["isa"],
+                           numbers(options["step"]).at(0)};
   const auto start = Clock::now();
   Bench bench{random_model(preset(options["shape"], numbers(options["layers"]).at(0)), model_options), options["shape"],
               !options["json"].empty()};

@@ -1,10 +1,13 @@
 // A model of any shape with random weights, made in memory: for benchmarks of the C++ core without Python and without files.
 #pragma once
 #include <algorithm>
+#include <cstring>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "cpu/memory.h"
+#include "cpu/threads.h"
 #include "model.h"
 
 namespace gptoss::bench {
@@ -42,28 +45,58 @@ inline uint64_t next_random(uint64_t& state) {  // xorshift64*
   return state * 0x2545F4914F6CDD1D;
 }
 
-// Random values a forward pass stays finite with: bfloat16 of +-2^-6 or so, codes of all kinds, scales about 2^-6.
-inline void fill_random(const TensorSpec& spec, std::vector<uint8_t>& bytes, DType dtype, uint64_t& state) {
-  const bool scales = spec.name.find("scales") != std::string::npos;
-  uint64_t* words = reinterpret_cast<uint64_t*>(bytes.data());
-  for (size_t i = 0; i < bytes.size() / 8; ++i) words[i] = next_random(state);
-  if (dtype == DType::BF16) {  // keep sign and mantissa, exponents 119..122: 2^-8 to 2^-5
-    for (size_t i = 0; i < bytes.size() / 8; ++i) words[i] = (words[i] & 0x81FF81FF81FF81FF) + 0x3B803B803B803B80;
-  } else if (scales) {
-    for (size_t i = 0; i < bytes.size() / 8; ++i) words[i] = (words[i] & 0x0101010101010101) + 0x7878787878787878;
-  }
+// Random words keep the bits of `mask`, and `base` is added: values that a forward pass stays finite with.
+struct RandomBits {
+  uint64_t mask, base;
+};
+inline constexpr RandomBits kRandomCodes = {~uint64_t{0}, 0};                          // every FP4 code
+inline constexpr RandomBits kRandomScales = {0x0101010101010101, 0x7878787878787878};  // 2^-7 or 2^-6
+inline constexpr RandomBits kRandomBf16 = {0x81FF81FF81FF81FF, 0x3B803B803B803B80};    // +-2^-8 to 2^-4
+
+// Fills memory with them, by all threads; 16 generators of xorshift64 side by side (Marsaglia 2003), so that it vectorizes.
+inline void fill_random(cpu::ThreadPool& pool, void* memory, size_t bytes, RandomBits bits, uint64_t seed) {
+  constexpr size_t kUnit = size_t{1} << 20;
+  constexpr int kLanes = 16;
+  pool.run(static_cast<int64_t>((bytes + kUnit - 1) / kUnit), [&](int64_t unit, int) {
+    uint64_t start = (seed << 32) + static_cast<uint64_t>(unit) + 1, state[kLanes], words[kLanes];
+    for (uint64_t& lane : state) lane = next_random(start);
+    uint8_t* to = static_cast<uint8_t*>(memory) + unit * kUnit;
+    const size_t n = std::min(kUnit, bytes - unit * kUnit);
+    for (size_t i = 0; i < n; i += sizeof words) {
+      for (int lane = 0; lane < kLanes; ++lane) {
+        uint64_t x = state[lane];
+        x ^= x << 13;
+        x ^= x >> 7;
+        x ^= x << 17;
+        state[lane] = x;
+        words[lane] = (x & bits.mask) + bits.base;
+      }
+      std::memcpy(to + i, words, std::min(n - i, sizeof words));
+    }
+  });
 }
 
 inline std::shared_ptr<Model> random_model(const ModelConfig& config, const ModelOptions& options) {
   auto model = std::make_shared<Model>(config, options);
-  uint64_t state = 1;
-  for (const TensorSpec& spec : expected_tensors(config, Layout::kOriginal)) {
-    const DType dtype = spec.dtypes[0];
-    size_t n = dtype == DType::BF16 ? 2 : 1;
+  const std::vector<TensorSpec> specs = expected_tensors(config, Layout::kOriginal);
+  const auto bytes_of = [](const TensorSpec& spec) {
+    size_t n = spec.dtypes[0] == DType::BF16 ? 2 : 1;
     for (int64_t extent : spec.shape) n *= static_cast<size_t>(extent);
-    std::vector<uint8_t> bytes((n + 7) / 8 * 8);
-    fill_random(spec, bytes, dtype, state);
-    model->load({spec.name, bytes.data(), dtype, spec.shape});
+    return n;
+  };
+  size_t most = 0;
+  for (const TensorSpec& spec : specs) most = std::max(most, bytes_of(spec));
+  const Buffer memory = cpu::allocate_pages(most);  // for all tensors in turn
+  cpu::ThreadPool pool(options.backend.threads > 0 ? options.backend.threads : cpu::default_threads());
+  uint64_t seed = 1;
+  for (const TensorSpec& spec : specs) {
+    const bool scales = spec.name.find("scales") != std::string::npos;
+    fill_random(pool, memory.data(), bytes_of(spec),
+                spec.dtypes[0] == DType::BF16 ? kRandomBf16
+                : scales                      ? kRandomScales
+                                              : kRandomCodes,
+                seed++);
+    model->load({spec.name, memory.data(), spec.dtypes[0], spec.shape});
   }
   model->finish_loading();
   return model;
