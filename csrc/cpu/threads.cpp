@@ -85,16 +85,26 @@ void ThreadPool::run_erased(int64_t n_units, Call call, const void* context) {
   n_units_ = n_units;
   next_unit_.store(0, std::memory_order_relaxed);
   if (workers_.empty() || n_units <= 1) return take_units(0);
-  running_.store(static_cast<uint32_t>(workers_.size()), std::memory_order_relaxed);
-  job_.fetch_add(1, std::memory_order_release);
+  const uint32_t job = job_.load(std::memory_order_relaxed) + 1;
+  state_.store(uint64_t{job} << 32 | kOpen, std::memory_order_release);
+  job_.store(job, std::memory_order_release);
   job_.notify_all();
   take_units(0);
-  for (int spins = 0; running_.load(std::memory_order_acquire) != 0; ++spins) {
+  state_.fetch_and(~kOpen, std::memory_order_acq_rel);
+  for (int spins = 0; (state_.load(std::memory_order_acquire) & kWorkers) != 0; ++spins) {
     if (spins < kSpins)
       pause_briefly();
     else
       std::this_thread::yield();  // more threads than processors: let the worker run
   }
+}
+
+// Counts this worker in, unless the job is over already.
+bool ThreadPool::join(uint32_t job) {
+  uint64_t state = state_.load(std::memory_order_acquire);
+  while (state >> 32 == job && (state & kOpen))
+    if (state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel, std::memory_order_acquire)) return true;
+  return false;
 }
 
 void ThreadPool::worker(int thread) {
@@ -106,10 +116,11 @@ void ThreadPool::worker(int thread) {
       else
         job_.wait(seen, std::memory_order_acquire);
     }
-    ++seen;
+    seen = job_.load(std::memory_order_acquire);
     if (stop_) return;
+    if (!join(seen)) continue;
     take_units(thread);
-    running_.fetch_sub(1, std::memory_order_release);
+    state_.fetch_sub(1, std::memory_order_release);
   }
 }
 

@@ -1,4 +1,6 @@
-// A pool of threads for work of microseconds: workers spin for a while after a job, then sleep.
+// A pool of threads for work of microseconds: workers spin for a while after a job, then sleep. A worker joins a job only while
+// it has units left, and the caller waits only for those that joined: so one that the system has not given a processor to costs
+// nothing but its share of the work.
 #pragma once
 #include <atomic>
 #include <cstdint>
@@ -31,8 +33,11 @@ class ThreadPool {
  private:
   using Call = void (*)(const void* context, int64_t unit, int thread);
 
+  static constexpr uint64_t kOpen = uint64_t{1} << 31, kWorkers = kOpen - 1;
+
   void run_erased(int64_t n_units, Call call, const void* context);
   void take_units(int thread);
+  bool join(uint32_t job);
   void worker(int thread);
 
   int process_;
@@ -41,8 +46,8 @@ class ThreadPool {
   const void* context_ = nullptr;
   int64_t n_units_ = 0;
   alignas(64) std::atomic<int64_t> next_unit_{0};
-  alignas(64) std::atomic<uint32_t> job_{0};      // changes when a job starts; workers wait on it
-  alignas(64) std::atomic<uint32_t> running_{0};  // workers not done with the current job
+  alignas(64) std::atomic<uint32_t> job_{0};    // the number of the newest job; workers wait on it
+  alignas(64) std::atomic<uint64_t> state_{0};  // job number << 32 | kOpen while it may be joined | workers in it
   std::atomic<bool> stop_{false};
 };
 
