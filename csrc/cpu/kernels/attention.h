@@ -18,17 +18,27 @@ constexpr int64_t kPage = 128, kDim = 64, kDimVectors = kDim / kLanes;
 constexpr float kScoreScale = 0.125f;  // 1 / sqrt(64)
 constexpr float kMinusInfinity = -__builtin_inff();
 
+// Where the keys of the 16 positions from `key` lie (2 KiB), or, of any position on, the values.
+INLINE const uint16_t* group_of(const uint8_t* pool, const AttentionArgs& a, int64_t key) {
+  return (const uint16_t*)(pool + a.pages[key / kPage - a.first_page] * a.page_bytes) + key % kPage * kDim;
+}
+
 // scores: [group][256] of the chunk at `chunk`; q: packed [32 pairs][T][2]
+// A page is too short a stream for the processor to see it coming: the keys two groups on and the values of this group, wanted
+// next, are fetched by hand.
 template <int T>
 static void chunk_scores(float* scores, const AttentionArgs& a, const Packed* q, int64_t chunk, int64_t begin, int64_t end) {
   float lane[16];
   for (int64_t i = 0; i < 16; ++i) lane[i] = (float)i;
   for (int64_t key = begin & ~15; key < end; key += 16) {
-    const int64_t page = a.pages[key / kPage - a.first_page];
-    const uint16_t* k = (const uint16_t*)(a.keys + page * a.page_bytes) + key % kPage * kDim;
+    const uint16_t* k = group_of(a.keys, a, key);
+    const uint16_t* v = group_of(a.values, a, key);
+    const uint16_t* later = key + 32 < a.end_key ? group_of(a.keys, a, key + 32) : k;
     F32 sums[T];
     UNROLL for (int t = 0; t < T; ++t) sums[t] = zero();
     for (int64_t pair = 0; pair < kDim / 2; ++pair) {
+      __builtin_prefetch(later + pair * 32);
+      __builtin_prefetch(v + pair * 32);
       Weights keys = load_weights(k + pair * 32);
       UNROLL for (int t = 0; t < T; ++t) sums[t] = dot2(sums[t], keys, load_tokens(q + (pair * T + t) * 2));
     }
@@ -48,9 +58,8 @@ static void weigh_values(float* values, const AttentionArgs& a, const float* p, 
   F32 sums[Heads][kDimVectors];
   UNROLL for (int h = 0; h < Heads; ++h) { UNROLL for (int d = 0; d < kDimVectors; ++d) sums[h][d] = zero(); }
   for (int64_t key = begin; key < end;) {
-    const int64_t page = a.pages[key / kPage - a.first_page];
     const int64_t page_end = (key / kPage + 1) * kPage < end ? (key / kPage + 1) * kPage : end;
-    const uint16_t* v = (const uint16_t*)(a.values + page * a.page_bytes) + key % kPage * kDim;
+    const uint16_t* v = group_of(a.values, a, key);
     for (; key < page_end; ++key, v += kDim) {
       F32 row[kDimVectors];
       UNROLL for (int d = 0; d < kDimVectors; ++d) row[d] = load_bf16(v + d * kLanes);
