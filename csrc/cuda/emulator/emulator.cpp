@@ -11,12 +11,15 @@
 #include "check.h"
 
 #if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #define START_SWITCH(save, bottom, size) __sanitizer_start_switch_fiber(save, bottom, size)
 #define FINISH_SWITCH(save, bottom, size) __sanitizer_finish_switch_fiber(save, bottom, size)
+#define UNPOISON(data, size) __asan_unpoison_memory_region(data, size)
 #else
 #define START_SWITCH(save, bottom, size) ((void)0)
 #define FINISH_SWITCH(save, bottom, size) ((void)0)
+#define UNPOISON(data, size) ((void)0)
 #endif
 
 // Saves the callee's registers and the stack pointer, and takes up another stack where it was left.
@@ -117,6 +120,7 @@ void prepare(Fiber& fiber, dim3 index) {
   fiber.index = index;
   fiber.copies.clear();
   fiber.group = 0;
+  UNPOISON(fiber.stack.get(), kStackBytes);  // frames that a failed block never left
   // Six registers, the address to return to, and the alignment a function expects on entry.
   auto top = reinterpret_cast<uintptr_t>(fiber.stack.get() + kStackBytes) & ~uintptr_t{15};
   void** frame = reinterpret_cast<void**>(top) - 2;
