@@ -53,10 +53,9 @@ endif()
 # The resource report of the kernels (registers, stack, shared memory) is kept as <build>/cuda_resources.txt.
 function(gptoss_use_cuda target)
   if(gptoss_cuda STREQUAL "ON")
-    set_target_properties(${target} PROPERTIES CUDA_ARCHITECTURES "${gptoss_architectures}" CUDA_STANDARD 20
-      CUDA_STANDARD_REQUIRED ON CUDA_RUNTIME_LIBRARY Static POSITION_INDEPENDENT_CODE ON)
+    set_target_properties(${target} PROPERTIES CUDA_ARCHITECTURES "${gptoss_architectures}" CUDA_RUNTIME_LIBRARY Static)
     target_link_libraries(${target} PRIVATE CUDA::cudart_static)
-    target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-lineinfo>)
+    target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20 -lineinfo>)
     set(report ${CMAKE_CURRENT_BINARY_DIR}/cuda_resources.txt)
     add_custom_command(TARGET ${target} POST_BUILD
       COMMAND ${CUDAToolkit_BIN_DIR}/cuobjdump --dump-resource-usage $<TARGET_FILE:${target}> > ${report}
