@@ -50,16 +50,22 @@ else()
   message(FATAL_ERROR "GPTOSS_CUDA must be AUTO, ON, OFF or EMULATE, not ${GPTOSS_CUDA}")
 endif()
 
-# The resource report of the kernels (registers, stack, shared memory) is kept as <build>/cuda_resources.txt.
+# The resource report of the kernels (registers, stack, shared memory) is kept as
+# <build>/cuda_resources.txt where the toolkit has cuobjdump; else the build prints it.
 function(gptoss_use_cuda target)
   if(gptoss_cuda STREQUAL "ON")
     set_target_properties(${target} PROPERTIES CUDA_ARCHITECTURES "${gptoss_architectures}" CUDA_RUNTIME_LIBRARY Static)
     target_link_libraries(${target} PRIVATE CUDA::cudart_static)
     target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-std=c++20 -lineinfo>)
     set(report ${CMAKE_CURRENT_BINARY_DIR}/cuda_resources.txt)
-    add_custom_command(TARGET ${target} POST_BUILD
-      COMMAND ${CUDAToolkit_BIN_DIR}/cuobjdump --dump-resource-usage $<TARGET_FILE:${target}> > ${report}
-      COMMENT "Registers and spills of every kernel: ${report}" VERBATIM)
+    find_program(GPTOSS_CUOBJDUMP cuobjdump HINTS ${CUDAToolkit_BIN_DIR})
+    if(GPTOSS_CUOBJDUMP)
+      add_custom_command(TARGET ${target} POST_BUILD
+        COMMAND ${GPTOSS_CUOBJDUMP} --dump-resource-usage $<TARGET_FILE:${target}> > ${report}
+        COMMENT "Registers and stack of every kernel: ${report}" VERBATIM)
+    else()  # the build's own output has them
+      target_compile_options(${target} PRIVATE $<$<COMPILE_LANGUAGE:CUDA>:-Xptxas=-v>)
+    endif()
   elseif(gptoss_cuda STREQUAL "EMULATE")
     target_compile_definitions(${target} PRIVATE GPTOSS_CUDA_EMULATE)
     # No fusing that is not written out, as on the card, where fmaf says so.
