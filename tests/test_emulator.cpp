@@ -45,7 +45,9 @@ void unequal_barrier_kernel() {
 void unequal_collective_kernel() {
   if (threadIdx.x != 7) __syncwarp();
 }
-void different_collectives_kernel(int* out) { *out = threadIdx.x < 16 ? __shfl_xor_sync(kAllLanes, 1, 1) : __any_sync(kAllLanes, 1); }
+void different_collectives_kernel(int* out) {
+  *out = threadIdx.x < 16 ? __shfl_xor_sync(kAllLanes, 1, 1) : __any_sync(kAllLanes, 1);
+}
 
 template <class Run>
 void expect_error(const char* what, const Run& run) {
@@ -59,8 +61,7 @@ void expect_error(const char* what, const Run& run) {
 }
 
 void test_lost_threads() {
-  expect_error("0, 0), 40 of 64 threads wait, 24 have returned",
-               [] { launch({dim3(2), dim3(64)}, unequal_barrier_kernel); });
+  expect_error("0, 0), 40 of 64 threads wait, 24 have returned", [] { launch({dim3(2), dim3(64)}, unequal_barrier_kernel); });
   expect_error("31 of 32 threads wait", [] { launch({dim3(1), dim3(32)}, unequal_collective_kernel); });
   int out = 0;
   expect_error("two different", [&] { launch({dim3(1), dim3(32)}, different_collectives_kernel, &out); });
@@ -145,7 +146,8 @@ void test_mma() {
     expected[i] = c[i] = small();
     for (int k = 0; k < 16; ++k) expected[i] += bf16_low(a[i / 8 * 16 + k]) * bf16_low(b[k * 8 + i % 8]);
   }
-  launch({dim3(1), dim3(32)}, mma_kernel, static_cast<const uint16_t*>(a.data()), static_cast<const uint16_t*>(b.data()), c.data());
+  launch({dim3(1), dim3(32)}, mma_kernel, static_cast<const uint16_t*>(a.data()), static_cast<const uint16_t*>(b.data()),
+         c.data());
   CHECK(c == expected, "mma: ", c, " is not ", expected);
 }
 

@@ -66,8 +66,8 @@ __device__ __forceinline__ void load_query(FragmentA (&q)[4], const AttentionArg
   }
 }
 
-// Scores of the page's keys begin .. end, -infinity for the others. Tile 4 i + j, column n is key 32 i + 8 (n / 2) + 2 j + n % 2:
-// so a lane's scores of a block of 32 are those of keys 8c .. 8c+7, the ones whose values it will load.
+// Scores of the page's keys begin .. end, -infinity for the others. Tile 4 i + j, column n is key 32 i + 8 (n / 2) + 2 j + n %
+// 2: so a lane's scores of a block of 32 are those of keys 8c .. 8c+7, the ones whose values it will load.
 __device__ __forceinline__ void page_scores(FragmentC (&s)[kPage / 8], const FragmentA (&q)[4], const uint16_t* keys, int begin,
                                             int end) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, c = lane % 4;
@@ -184,13 +184,14 @@ __device__ __forceinline__ Join join_page(float& m, float& l, float page_m, floa
 }
 __device__ __forceinline__ float joined(Join j, float o, float page_o) { return fmaf(j.join, page_o, o * j.keep); }
 
-__device__ __forceinline__ void store_pair(const AttentionArgs& a, int64_t row, int64_t head, int dim, float first, float second) {
+__device__ __forceinline__ void store_pair(const AttentionArgs& a, int64_t row, int64_t head, int dim, float first,
+                                           float second) {
   const int64_t at = head * kDim + dim;
   *reinterpret_cast<float2*>(a.out + row * a.heads * kDim + at) = {first, second};
   *reinterpret_cast<uint32_t*>(a.rounded.data + row * a.rounded.stride + at) = pack_bf16(first, second);
 }
 
-__global__ void __launch_bounds__(kWarps * kWarp) attention_kernel(AttentionArgs a, int64_t n_units) {
+__global__ void __launch_bounds__(kWarps* kWarp) attention_kernel(AttentionArgs a, int64_t n_units) {
   const int64_t u = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   if (u >= n_units) return;
   const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, c = lane % 4;
@@ -229,7 +230,7 @@ __global__ void __launch_bounds__(kWarps * kWarp) attention_kernel(AttentionArgs
 }
 
 // One warp a page; parts to memory: [unit, page of the row][o [16, 64], m [16], l [16]].
-__global__ void __launch_bounds__(kWarps * kWarp) attention_split_kernel(AttentionArgs a, int64_t n_units) {
+__global__ void __launch_bounds__(kWarps* kWarp) attention_split_kernel(AttentionArgs a, int64_t n_units) {
   const int64_t w = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   const int64_t u = w % n_units, part_index = w / n_units;
   if (part_index >= a.max_pages) return;

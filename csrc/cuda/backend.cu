@@ -140,7 +140,7 @@ class CudaBackend final : public Backend {
   int64_t max_tokens_;
   cudaDeviceProp properties_{};
   std::unique_ptr<Stream> stream_;
-  std::unique_ptr<Stage> stage_;        // while loading
+  std::unique_ptr<Stage> stage_;         // while loading
   std::unique_ptr<Event> batch_copied_;  // the pinned integers may be written again
   Buffer pinned_, integers_;             // of the batch
   DeviceBatch batch_;
@@ -149,10 +149,10 @@ class CudaBackend final : public Backend {
   Buffer rounded_;  // [n, cols] bfloat16
   const float* rounded_of_ = nullptr;
   int64_t rounded_rows_ = 0, rounded_cols_ = 0;
-  Buffer partial_;                 // attention's parts
+  Buffer partial_;                  // attention's parts
   Buffer slots_, tiles_, n_tiles_;  // [n k]; [tiles]; [1]
-  Buffer hidden_;                  // [n k, I] bfloat16
-  Buffer outputs_;                 // [n k, H]
+  Buffer hidden_;                   // [n k, I] bfloat16
+  Buffer outputs_;                  // [n k, H]
 };
 
 // ------------------------------------------------------------------------------------------------------------ weights
@@ -161,9 +161,8 @@ Weight CudaBackend::make_weight(WeightFormat format, int64_t experts, int64_t ro
   Weight weight{format, experts, rows, cols, gate_up, {}};
   CHECK(cols % 32 == 0, "a weight of ", cols, " inputs: they must be a multiple of 32");
   CHECK(experts == 1 || rows % 16 == 0, "expert matrices of ", rows, " rows: they must be a multiple of 16");
-  weight.storage = allocate(format == WeightFormat::kTable
-                                ? rows * cols * 2
-                                : arranged_bytes(format == WeightFormat::kMxfp4, experts, rows, cols));
+  weight.storage = allocate(
+      format == WeightFormat::kTable ? rows * cols * 2 : arranged_bytes(format == WeightFormat::kMxfp4, experts, rows, cols));
   return weight;
 }
 
@@ -187,7 +186,8 @@ void CudaBackend::load_rows(Weight& weight, int64_t first_row, const HostTensor&
   uint8_t* storage = weight.storage.as<uint8_t>();
   send_rows(source, source.shape[0], cols * 2, [&](void* device, int64_t row, int64_t n) {
     if (table)
-      CUDA_CHECK(cudaMemcpyAsync(storage + (first_row + row) * cols * 2, device, n * cols * 2, cudaMemcpyDeviceToDevice, *stream_));
+      CUDA_CHECK(
+          cudaMemcpyAsync(storage + (first_row + row) * cols * 2, device, n * cols * 2, cudaMemcpyDeviceToDevice, *stream_));
     else
       arrange_bf16(storage, static_cast<const uint16_t*>(device), first_row + row, n, cols, *stream_);
   });
@@ -195,7 +195,8 @@ void CudaBackend::load_rows(Weight& weight, int64_t first_row, const HostTensor&
 
 void CudaBackend::load_mxfp4_blocks(Weight& weight, const HostTensor& blocks) {
   send_rows(blocks, weight.experts * weight.rows, weight.cols / 2, [&](void* device, int64_t row, int64_t n) {
-    arrange_mxfp4(weight.storage.as<uint8_t>(), static_cast<const uint8_t*>(device), row, n, weight.cols, weight.gate_up, *stream_);
+    arrange_mxfp4(weight.storage.as<uint8_t>(), static_cast<const uint8_t*>(device), row, n, weight.cols, weight.gate_up,
+                  *stream_);
   });
 }
 

@@ -19,9 +19,9 @@
 
 namespace gptoss::cuda {
 
-#define CUDA_CHECK(call)                                                                            \
-  do {                                                                                              \
-    const cudaError_t status_ = (call);                                                             \
+#define CUDA_CHECK(call)                                                                           \
+  do {                                                                                             \
+    const cudaError_t status_ = (call);                                                            \
     if (status_ != cudaSuccess) FAIL("CUDA: ", #call, " failed: ", ::cudaGetErrorString(status_)); \
   } while (0)
 

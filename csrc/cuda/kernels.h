@@ -68,9 +68,10 @@ int64_t matmul_tile(int64_t tokens_a_matrix);  // tokens a tile takes: 8 or 64
 void matmul(const MatmulArgs& args, bool mxfp4, Epilogue epilogue, int64_t tile, cudaStream_t stream);
 
 // --- weights.cu -----------------------------------------------------------------------------------------------------
-int64_t arranged_bytes(bool mxfp4, int64_t experts, int64_t rows, int64_t cols);         // codes and scales
-int64_t arranged_scales_offset(int64_t experts, int64_t rows, int64_t cols);             // where an MXFP4 weight's scales begin
-// Source rows first_row .. first_row + n of one expert's matrix; first_row is a multiple of 16, n too unless it ends the matrix.
+int64_t arranged_bytes(bool mxfp4, int64_t experts, int64_t rows, int64_t cols);  // codes and scales
+int64_t arranged_scales_offset(int64_t experts, int64_t rows, int64_t cols);      // where an MXFP4 weight's scales begin
+// Source rows first_row .. first_row + n of one expert's matrix; first_row is a multiple of 16, n too unless it ends the
+// matrix.
 void arrange_bf16(uint8_t* codes, const uint16_t* source, int64_t first_row, int64_t n, int64_t cols, cudaStream_t stream);
 void arrange_mxfp4(uint8_t* codes, const uint8_t* source, int64_t first_row, int64_t n, int64_t cols, bool gate_up,
                    cudaStream_t stream);
@@ -87,8 +88,8 @@ struct AttentionArgs {
   const float* sinks = nullptr;      // [heads]
   DeviceBatch batch;
   int64_t n = 0, heads = 0, kv_heads = 0, window = 0;
-  int64_t max_pages = 0;      // that one row can see
-  float* partial = nullptr;   // [partial_bytes]
+  int64_t max_pages = 0;     // that one row can see
+  float* partial = nullptr;  // [partial_bytes]
 };
 
 int64_t attention_partial_bytes(const AttentionArgs& args);  // work space; 0 where keys are not split

@@ -146,7 +146,8 @@ __global__ void __launch_bounds__(Narrow::kThreads) narrow_kernel(MatmulArgs a, 
   float* sums = shared_memory<float>();   // [slices][16 rows][8 tokens]
   TokenTile tile;
   if (!find_tile(tile, a, Narrow::kTokens, n_tiles)) return;
-  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, c = lane % 4;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4,
+            c = lane % 4;
   const int64_t block = blockIdx.x / n_tiles, groups = ceil_div(a.cols, 64), share = ceil_div(groups, Narrow::kSlices);
   const int64_t begin = warp * share, end = begin + share < groups ? begin + share : groups;
   const int64_t base = (tile.expert * ceil_div(a.rows, 16) + block) * groups;
@@ -208,7 +209,8 @@ __global__ void __launch_bounds__(Wide::kThreads) wide_kernel(MatmulArgs a, int6
       for (int i = 0; i < kCopies; ++i) {
         const int token = (thread + i * Wide::kThreads) / 8;
         const bool real = token < tile.n;
-        copy_async(stages + group % kStages * kChunks + chunk_at(token, thread % 8), from[i] + (real ? group * 64 : 0), real ? 16 : 0);
+        copy_async(stages + group % kStages * kChunks + chunk_at(token, thread % 8), from[i] + (real ? group * 64 : 0),
+                   real ? 16 : 0);
       }
     }
     commit_copies();

@@ -18,12 +18,12 @@ __device__ __forceinline__ bool better(float a, int i, float b, int j) {
 
 // One block a token. Logits in float32: a warp an expert, lanes stride over the inputs; then one warp takes the k best and
 // their softmax. Bytes: the router's weights, from the second-level cache.
-__global__ void __launch_bounds__(kRouteThreads) route_kernel(int32_t* ids, float* weights, const float* t,
-                                                              const uint16_t* router, const float* bias, int hidden,
-                                                              int experts, int k) {
-  float* logits = shared_memory<float>();                     // [experts]
-  float* chosen = logits + experts;                           // [k]
-  int32_t* taken = reinterpret_cast<int32_t*>(chosen + k);    // [experts]
+__global__ void __launch_bounds__(kRouteThreads)
+    route_kernel(int32_t* ids, float* weights, const float* t, const uint16_t* router, const float* bias, int hidden,
+                 int experts, int k) {
+  float* logits = shared_memory<float>();                   // [experts]
+  float* chosen = logits + experts;                         // [k]
+  int32_t* taken = reinterpret_cast<int32_t*>(chosen + k);  // [experts]
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
   const float2* x = reinterpret_cast<const float2*>(t + static_cast<int64_t>(blockIdx.x) * hidden);
   for (int e = warp; e < experts; e += kRouteThreads / kWarp) {
@@ -67,8 +67,8 @@ __global__ void __launch_bounds__(kRouteThreads) route_kernel(int32_t* ids, floa
 
 // Sorts (token, choice) slots by expert, tokens in order, and cuts each expert's into tiles. One block; a warp takes an expert
 // and finds its slots with votes, once to count and once to write.
-__global__ void __launch_bounds__(kDispatchThreads) dispatch_kernel(int32_t* slots, TokenTile* tiles, int32_t* n_tiles,
-                                                                    const int32_t* ids, int n, int experts, int tile) {
+__global__ void __launch_bounds__(kDispatchThreads)
+    dispatch_kernel(int32_t* slots, TokenTile* tiles, int32_t* n_tiles, const int32_t* ids, int n, int experts, int tile) {
   int32_t* counts = shared_memory<int32_t>();  // [experts]
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
   constexpr int kWarps = kDispatchThreads / kWarp;
@@ -103,8 +103,8 @@ __global__ void __launch_bounds__(kDispatchThreads) dispatch_kernel(int32_t* slo
 }
 
 // x += sum over the choices, best first, of weight * output.                 outputs: [n, k, hidden]   weights: [n, k]
-__global__ void __launch_bounds__(kCombineThreads) combine_kernel(float* x, const float* outputs, const float* weights, int k,
-                                                                  int hidden) {
+__global__ void __launch_bounds__(kCombineThreads)
+    combine_kernel(float* x, const float* outputs, const float* weights, int k, int hidden) {
   const int64_t row = blockIdx.x;
   for (int i = static_cast<int>(threadIdx.x); i < hidden; i += kCombineThreads) {
     float sum = 0;

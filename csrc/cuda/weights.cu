@@ -80,8 +80,8 @@ int64_t arranged_bytes(bool mxfp4, int64_t experts, int64_t rows, int64_t cols) 
 
 void arrange_bf16(uint8_t* codes, const uint16_t* source, int64_t first_row, int64_t n, int64_t cols, cudaStream_t stream) {
   const int64_t vectors = ceil_div(n, 16) * ceil_div(cols, 64) * 128;
-  launch(flat(vectors, stream), arrange_bf16_kernel, reinterpret_cast<uint4*>(codes) + first_row / 16 * ceil_div(cols, 64) * 128,
-         source, n, cols, vectors);
+  launch(flat(vectors, stream), arrange_bf16_kernel,
+         reinterpret_cast<uint4*>(codes) + first_row / 16 * ceil_div(cols, 64) * 128, source, n, cols, vectors);
 }
 
 void arrange_mxfp4(uint8_t* codes, const uint8_t* source, int64_t first_row, int64_t n, int64_t cols, bool gate_up,
@@ -94,8 +94,8 @@ void arrange_mxfp4(uint8_t* codes, const uint8_t* source, int64_t first_row, int
 void arrange_scales(uint8_t* scales, const uint8_t* source, int64_t first_row, int64_t n, int64_t cols, bool gate_up,
                     cudaStream_t stream) {
   const int64_t bytes = ceil_div(n, 16) * ceil_div(cols, 64) * 32;
-  launch(flat(bytes, stream), arrange_scales_kernel, scales + first_row / 16 * ceil_div(cols, 64) * 32, source, n, cols, gate_up,
-         bytes);
+  launch(flat(bytes, stream), arrange_scales_kernel, scales + first_row / 16 * ceil_div(cols, 64) * 32, source, n, cols,
+         gate_up, bytes);
 }
 
 }  // namespace gptoss::cuda

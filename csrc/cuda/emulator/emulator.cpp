@@ -167,8 +167,8 @@ void launch(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void(
   CHECK(size.y == 1 && size.z == 1 && threads % 32 == 0 && threads >= 32 && threads <= 1024, "emulator: a block of ", threads,
         " threads");
   CHECK(shared_bytes <= (227u << 10), "emulator: ", shared_bytes, " bytes of shared memory");
-  CHECK(grid.x > 0 && grid.y > 0 && grid.z > 0 && grid.y < 65536 && grid.z < 65536, "emulator: a grid of ", grid.x, " x ", grid.y,
-        " x ", grid.z);
+  CHECK(grid.x > 0 && grid.y > 0 && grid.z > 0 && grid.y < 65536 && grid.z < 65536, "emulator: a grid of ", grid.x, " x ",
+        grid.y, " x ", grid.z);
   while (pool.size() < static_cast<size_t>(threads)) pool.push_back(std::make_unique<Fiber>());
   block.fibers.clear();
   for (int i = 0; i < threads; ++i) block.fibers.push_back(pool[i].get());
@@ -195,8 +195,8 @@ void launch(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void(
     if (block.error) {
       const auto waiting = std::count_if(block.fibers.begin(), block.fibers.end(), [](Fiber* f) { return f->waits_for; });
       const auto done = std::count_if(block.fibers.begin(), block.fibers.end(), [](Fiber* f) { return f->done; });
-      FAIL("emulator: ", block.error, ": block (", place.block.x, ", ", place.block.y, ", ", place.block.z, "), ", waiting, " of ",
-           threads, " threads wait, ", done, " have returned");
+      FAIL("emulator: ", block.error, ": block (", place.block.x, ", ", place.block.y, ", ", place.block.z, "), ", waiting,
+           " of ", threads, " threads wait, ", done, " have returned");
     }
   }
 }
