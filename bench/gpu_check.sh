@@ -13,8 +13,8 @@ bench=$out/bench_forward
 build() {
   cmake -S . -B $out -G Ninja -DGPTOSS_CUDA=ON -DGPTOSS_CUDA_ARCHITECTURES=native -DGPTOSS_BENCH=ON \
     -Dpybind11_DIR="$(python3 -m pybind11 --cmakedir)"
-  cmake --build $out
-  [ ! -f $out/cuda_resources.txt ] || cat $out/cuda_resources.txt
+  cmake --build $out > $out/build.log 2>&1 || { cat $out/build.log; exit 1; }
+  grep -E "Compiling entry function|bytes stack|Used .* registers" $out/build.log | tee $out/cuda_resources.txt
   mkdir -p $out/python
   cp -r python/gptoss $out/python/
   cp $out/_gptoss*.so $out/python/gptoss/
