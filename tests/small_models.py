@@ -4,6 +4,7 @@ transformers, and (in reference.py) plain torch. Also writes them as checkpoint 
 
 import json
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -14,6 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 MXFP4_RMS = math.sqrt(68.5 / 8)  # of the E2M1 values, each as likely as any other
+
+# Where make_core and make_ops run. "cuda": on a card, or in the emulator if that is what was built.
+DEVICE = os.environ.get("GPTOSS_TEST_DEVICE", "cpu")
 
 
 def windows(n_layers: int, window: int = 128) -> tuple[int, ...]:
@@ -213,14 +217,23 @@ def transformers_logits(model, tokens: Tensor) -> Tensor:
 
 
 def make_core(config: Config, tensors: dict[str, Tensor], threads: int = 1, **options: object):
-    """The engine's core with these weights; `options` are Core's own."""
+    """The engine's core on DEVICE with these weights; `options` are Core's own."""
     from gptoss import _gptoss
 
-    core = _gptoss.Core(_gptoss.Config(**core_fields(config)), threads=threads, **options)
+    core = _gptoss.Core(
+        _gptoss.Config(**core_fields(config)), threads=threads, **({"device": DEVICE} | options)
+    )
     for name, tensor in tensors.items():
         core.load_tensor(name, tensor)
     core.finish_loading()
     return core
+
+
+def make_ops(isa: str, threads: int = 1):
+    """The engine's operations: on the CPU with this instruction set and threads, or on DEVICE."""
+    from gptoss import _gptoss
+
+    return _gptoss.Ops("cpu", isa, threads) if DEVICE == "cpu" else _gptoss.Ops(DEVICE)
 
 
 def core_fields(config: Config) -> dict:

@@ -13,6 +13,7 @@ from mutations import MUTATIONS, broken
 from reference import ENGINE, EXACT, SINGLE, Config
 from small_models import (
     CONFIGS,
+    DEVICE,
     core_logits,
     feed,
     make_core,
@@ -91,7 +92,7 @@ def test_files_give_the_same_logits(tmp_path: Path) -> None:
     """From a checkpoint on disk through the Python package: the bits of the core alone."""
     config, tensors = CONFIGS["32_experts"], random_tensors(CONFIGS["32_experts"])
     tokens = random_tokens(140, config)
-    with Model.load(write_checkpoint(tmp_path, config, tensors), progress=False) as model:
+    with Model.load(write_checkpoint(tmp_path, config, tensors), DEVICE, progress=False) as model:
         assert_same_bits(
             model.forward(tokens.tolist()), core_logits(make_core(config, tensors), tokens)
         )
@@ -181,6 +182,7 @@ def test_batch_composition_does_not_matter(forced_isa: str, config: Config, seed
         assert_same_bits(torch.cat(result), expected)
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="threads are of the CPU backend")
 def test_threads_do_not_matter(forced_isa: str, config: Config) -> None:
     tensors, tokens = random_tensors(config), random_tokens(300, config)
     one = core_logits(make_core(config, tensors, threads=1), tokens)

@@ -4,9 +4,8 @@ import pytest
 import reference
 import torch
 from errors import assert_same_rounding
-from gptoss import _gptoss
 from reference import ENGINE, EXACT
-from small_models import random_mxfp4
+from small_models import make_ops, random_mxfp4
 from torch import Tensor
 
 MAX_SCALE = 254  # 255 is NaN in the OCP specification and infinite as 2^(255 - 127) in float32
@@ -23,7 +22,7 @@ def decode(isa: str, blocks: Tensor, scales: Tensor) -> Tensor:
     """The matrix [M, K] as the engine sees it: its product with the identity."""
     rows, columns = len(blocks), blocks.shape[1] * 32
     out = torch.empty(columns, rows)
-    _gptoss.Ops("cpu", isa).mxfp4_linear(out, torch.eye(columns), blocks, scales)
+    make_ops(isa).mxfp4_linear(out, torch.eye(columns), blocks, scales)
     return out.T
 
 
@@ -61,7 +60,7 @@ def test_mxfp4_linear(isa: str, n: int, shape: tuple[int, int]) -> None:
     blocks, scales = random_mxfp4(shape, 1.0, generator)
     weight = reference.mxfp4_decode(blocks, scales)
     out = torch.empty(n, shape[0])
-    _gptoss.Ops("cpu", isa).mxfp4_linear(out, x, blocks, scales)
+    make_ops(isa).mxfp4_linear(out, x, blocks, scales)
     plain = reference.linear(x, weight, None, ENGINE)
     exact = reference.linear(x.double(), weight, None, EXACT)
     assert_same_rounding(out, plain, exact, share=0.01)

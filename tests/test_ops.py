@@ -14,7 +14,7 @@ from errors import assert_as_accurate, assert_same_rounding
 from gptoss import _gptoss
 from mutations import MUTATIONS, REPLACES, broken
 from reference import ENGINE, EXACT, SINGLE
-from small_models import core_fields, random_mxfp4, small
+from small_models import core_fields, make_ops, random_mxfp4, small
 from torch import Tensor
 
 TOKENS = (1, 2, 127, 128, 129)
@@ -23,7 +23,7 @@ THREADS = (1, 2, 3)
 
 @pytest.fixture
 def ops(isa: str) -> _gptoss.Ops:
-    return _gptoss.Ops("cpu", isa)
+    return make_ops(isa)
 
 
 def seeded(*numbers: int) -> torch.Generator:
@@ -90,7 +90,7 @@ def test_linear(isa: str, n: int, shape: tuple[int, int], bias: bool) -> None:
 
     def run(rows: slice, threads: int = 1, add: bool = False) -> Tensor:
         out = before[rows].clone()
-        _gptoss.Ops("cpu", isa, threads).linear(out, x[rows], weight, b, add)
+        make_ops(isa, threads).linear(out, x[rows], weight, b, add)
         return out
 
     everything = slice(0, n)
@@ -213,7 +213,7 @@ def test_moe(isa: str, n: int, shape: tuple[int, int, int], routing: str) -> Non
     x, t, ids, weights, experts, plain, exact = moe_case(n, shape, routing)
 
     def run(rows: slice, threads: int = 1) -> Tensor:
-        ops = _gptoss.Ops("cpu", isa, threads)
+        ops = make_ops(isa, threads)
         return run_moe(ops, x[rows], t[rows], ids[rows], weights[rows], experts)
 
     everything = slice(0, n)
@@ -288,13 +288,13 @@ def test_attention(
     config, qkv, sinks, plain, exact = attention_case(heads, kv_heads, window, lengths)
 
     def run(threads: int = 1, chunk: int = 0) -> Tensor:
-        ops = _gptoss.Ops("cpu", isa, threads)
+        ops = make_ops(isa, threads)
         return run_attention(ops, qkv, lengths, sinks, window, config, chunk)
 
     together = run()
     assert_same_rounding(together, plain, exact, share=0.05)
     alone = [
-        run_attention(_gptoss.Ops("cpu", isa), rows, [len(rows)], sinks, window, config)
+        run_attention(make_ops(isa), rows, [len(rows)], sinks, window, config)
         for rows in qkv.split(lengths)
     ]
     assert_bitwise([together, torch.cat(alone)])
@@ -332,7 +332,7 @@ def test_rotation_at_the_last_positions(isa: str) -> None:
     config, n = small(1, n_heads=1, n_kv_heads=1, max_context=131072), 131072
     qkv = random_qkv(n, config, seeded(4))
     sinks = torch.zeros(1)
-    ops = _gptoss.Ops("cpu", isa, 2)
+    ops = make_ops(isa, 2)
     out = run_attention(ops, qkv, [n], sinks, 128, config, chunk=8192)[-64:]
 
     def by_reference(precision: reference.Precision) -> Tensor:
