@@ -71,16 +71,18 @@ if(gptoss_cuda STREQUAL "ON")
   enable_language(CUDA)
   find_package(CUDAToolkit 12.4 REQUIRED)
   set(GPTOSS_CUDA_KIND "cuda ${CMAKE_CUDA_COMPILER_VERSION}")
-  # A target of its own, without a language standard: CMake would ask for that of C++ in CUDA too, by a flag that a release
-  # older than the compiler does not know. So nvcc is told directly.
+  if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)  # a CMake that is older than the compiler
+    set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)
+    set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION -std=c++20)
+  endif()
   add_library(gptoss_cuda OBJECT ${gptoss_cuda_kernels})
-  set_property(TARGET gptoss_cuda PROPERTY CXX_STANDARD)
+  set_target_properties(gptoss_cuda PROPERTIES CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON)
   set_property(TARGET gptoss_cuda PROPERTY CUDA_ARCHITECTURES ${gptoss_architectures})
   target_include_directories(gptoss_cuda PRIVATE csrc)
   set_property(TARGET gptoss_cuda PROPERTY CUDA_VISIBILITY_PRESET hidden)
   # No fusing that is not written out: it could differ between two kernels that must give the same bits. And ptxas reports the
   # registers, stack and spills of every kernel, in the build's output.
-  target_compile_options(gptoss_cuda PRIVATE -std=c++20 -fmad=false -lineinfo -Xptxas=-v
+  target_compile_options(gptoss_cuda PRIVATE -fmad=false -lineinfo -Xptxas=-v
     $<$<BOOL:${GPTOSS_WERROR}>:-Werror=all-warnings>)
   set(GPTOSS_CUDA_SOURCES $<TARGET_OBJECTS:gptoss_cuda>)
 elseif(gptoss_cuda STREQUAL "EMULATE")
