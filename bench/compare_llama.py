@@ -48,7 +48,6 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompt", default="512,2048", help="prompt lengths", **counts)
     parser.add_argument("--context", default="0,8192", help="contexts to decode at", **counts)
     parser.add_argument("--decode", type=int, default=32, help="tokens decoded at each context")
-    parser.add_argument("--precision", choices=("exact", "fast"), default="exact")
     parser.add_argument("--bench-machine", help="the binary bench_machine")
     parser.add_argument("--json", help="file for all rows, one JSON object")
     arguments = parser.parse_args()
@@ -60,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
 def run_worker(arguments: argparse.Namespace, engine: str, job: dict[str, Any]) -> dict[str, Any]:
     """Runs one engine in a process of its own. Raises RuntimeError if that fails."""
     python = arguments.llama_python if engine == "llama" else sys.executable
-    job |= {"engine": engine, "threads": arguments.threads, "precision": arguments.precision}
+    job |= {"engine": engine, "threads": arguments.threads}
     done = subprocess.run(
         [python, str(WORKER)], input=json.dumps(job), capture_output=True, text=True, check=False
     )
@@ -120,7 +119,7 @@ def compare_speed(arguments: argparse.Namespace) -> dict[str, Any]:
                 runs[engine].append(run_worker(arguments, engine, job))
                 print(f"{engine:7}", format_row(runs[engine][-1]["rates"]), flush=True)
     print_medians(runs)
-    return {"threads": arguments.threads, "precision": arguments.precision} | {
+    return {"threads": arguments.threads} | {
         "limits": limits,
         "runs": runs,
     }
@@ -169,7 +168,7 @@ def compare_accuracy(arguments: argparse.Namespace) -> dict[str, Any]:
         theirs, ours = row["llama"], row["gptoss"]
         name = " ".join(f"{key}={value}" for key, value in shape.items())
         print(f"{name[:43]:<44}{theirs:>12.2e}{ours:>12.2e}{ours / theirs:>8.3f}", flush=True)
-    return {"precision": arguments.precision, "kl": rows}
+    return {"kl": rows}
 
 
 def divergences(arguments: argparse.Namespace, checkpoint: Path, gguf: Path) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """One engine, one process: loads a model, measures, prints one line of JSON. See compare_llama.py.
 
 Runs in the engine's own environment: needs numpy and either gptoss or llama_cpp. Reads a job as
-JSON from stdin: engine ("gptoss" or "llama"), model, threads, precision, max_context, and either
+JSON from stdin: engine ("gptoss" or "llama"), model, threads, max_context, and either
 
     prompts, contexts, decode   token counts to time
     state                       where llama.cpp keeps a long context, so as to read it only once
@@ -34,13 +34,11 @@ class Gptoss:
         from gptoss.checkpoint import open_checkpoint
 
         checkpoint = open_checkpoint(job["model"])
-        options = {} if job["precision"] == "exact" else {"precision": job["precision"]}
         self.core = _gptoss.Core(
             checkpoint.config,
             threads=job["threads"],
             max_context=job["max_context"],
             max_batch_tokens=BATCH,
-            **options,
         )
         checkpoint.load_into(self.core, progress=False)
         self.core.finish_loading()

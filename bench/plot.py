@@ -80,8 +80,6 @@ def read_forward(path: Path) -> tuple[Lines, Lines]:
         if row["batch"] != 1:
             continue
         label = f"{row['shape']}, {row['isa'] or row['device']}, {row['threads']} threads"
-        if precision := row.get("precision"):
-            label += f", {precision}"
         speeds[row["bench"]][label][row["tokens"]].append(row["tokens_per_second"])
     return speeds["prompt"], speeds["decode"]
 
@@ -90,7 +88,7 @@ def add_comparison(path: Path, prompt: Lines, decode: Lines) -> None:
     """Adds the rows of compare_llama.py."""
     result = json.loads(path.read_text(encoding="utf-8"))
     for engine, runs in result["runs"].items():
-        name = {"llama": "llama.cpp", "gptoss": f"gptoss {result['precision']}"}[engine]
+        name = {"llama": "llama.cpp", "gptoss": "gptoss"}[engine]
         label = f"{name}, {result['threads']} threads"
         for run in runs:
             for what, rate in run["rates"].items():
