@@ -14,7 +14,6 @@ class PagePool {
  public:
   explicit PagePool(int64_t capacity) : capacity_(capacity) {}
   int64_t in_use() const { return next_ - static_cast<int64_t>(free_.size()); }
-  int64_t touched() const { return next_; }
   bool can_take(int64_t n) const { return in_use() + n <= capacity_; }
   int64_t capacity() const { return capacity_; }
   int32_t take();

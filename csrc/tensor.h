@@ -33,7 +33,6 @@ struct Mat {
   int64_t cols = 0;
 
   T* row(int64_t i) const { return data + i * cols; }
-  Mat first_rows(int64_t n) const { return {data, n, cols}; }
   int64_t size() const { return rows * cols; }
 };
 

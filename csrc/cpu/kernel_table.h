@@ -18,7 +18,6 @@
 namespace gptoss::cpu {
 
 inline constexpr int64_t kPanelRows = 32;
-inline constexpr int64_t kMaxTile = 16;     // no set's tile is larger
 inline constexpr int64_t kMaxGroup = 8;     // query heads of one attention call
 inline constexpr int64_t kChunkKeys = 256;  // keys of one partial softmax, aligned to absolute positions
 

@@ -4,7 +4,7 @@
 
 namespace gptoss::cpu {
 
-// Memory becomes resident as it is touched. Throws std::bad_alloc-like errors as FAIL with the number of bytes.
+// Memory becomes resident as it is touched. Throws with the number of bytes where the system has none to give.
 Buffer allocate_pages(size_t bytes);
 
 // What the machine (or the cgroup) could still give this process.
