@@ -13,6 +13,7 @@ namespace {
 void set_seed(int seed) { setenv("GPTOSS_EMULATOR_SEED", std::to_string(seed).c_str(), 1); }
 
 void warp_votes_kernel(int* out) {
+  wait_for_previous();
   const int i = static_cast<int>(threadIdx.x);
   out[i] = __shfl_xor_sync(kAllLanes, i, 5) * 1000 + __shfl_sync(kAllLanes, i, 3);
   if (__ballot_sync(kAllLanes, i % 3 == 0) != 0x49249249u || __any_sync(kAllLanes, i > 31)) out[i] = -1;
@@ -25,6 +26,7 @@ void test_collectives() {
 }
 
 void sum_kernel(float* out) {
+  wait_for_previous();
   float* shared = shared_memory<float>();
   shared[threadIdx.x] = static_cast<float>(threadIdx.x);
   __syncthreads();
@@ -40,12 +42,15 @@ void test_barrier() {
 }
 
 void unequal_barrier_kernel() {
+  wait_for_previous();
   if (threadIdx.x < 40) __syncthreads();
 }
 void unequal_collective_kernel() {
+  wait_for_previous();
   if (threadIdx.x != 7) __syncwarp();
 }
 void different_collectives_kernel(int* out) {
+  wait_for_previous();
   *out = threadIdx.x < 16 ? __shfl_xor_sync(kAllLanes, 1, 1) : __any_sync(kAllLanes, 1);
 }
 
@@ -60,15 +65,23 @@ void expect_error(const char* what, const Run& run) {
   CHECK(false, "no error: ", what);
 }
 
+void impatient_kernel() {
+  if (threadIdx.x != 3) wait_for_previous();
+}
+
 void test_lost_threads() {
   expect_error("0, 0), 40 of 64 threads wait, 24 have returned", [] { launch({dim3(2), dim3(64)}, unequal_barrier_kernel); });
   expect_error("31 of 32 threads wait", [] { launch({dim3(1), dim3(32)}, unequal_collective_kernel); });
+  expect_error("never waits for the kernel before it", [] { launch({dim3(1), dim3(32)}, impatient_kernel); });
   int out = 0;
   expect_error("two different", [&] { launch({dim3(1), dim3(32)}, different_collectives_kernel, &out); });
   test_barrier();  // and goes on afterwards
 }
 
-void read_shared_kernel(float* out) { out[threadIdx.x] = shared_memory<float>()[threadIdx.x]; }
+void read_shared_kernel(float* out) {
+  wait_for_previous();
+  out[threadIdx.x] = shared_memory<float>()[threadIdx.x];
+}
 
 void test_shared_memory_is_nan() {
   std::array<float, 32> out{};
@@ -78,6 +91,7 @@ void test_shared_memory_is_nan() {
 
 // A neighbour's element without a barrier in between.
 void race_kernel(float* out) {
+  wait_for_previous();
   float* shared = shared_memory<float>();
   shared[threadIdx.x] = static_cast<float>(threadIdx.x);
   out[threadIdx.x] = shared[(threadIdx.x + 1) % blockDim.x];
@@ -92,6 +106,7 @@ void test_race_shows() {
 }
 
 void copy_kernel(const float* in, float* early, float* late) {
+  wait_for_previous();
   float4* shared = shared_memory<float4>();
   const int i = static_cast<int>(threadIdx.x);
   copy_async(shared + i, in + 4 * i, 16);
@@ -118,6 +133,7 @@ void test_copies_are_late() {
 
 // Fragments filled by the formulas of the PTX manual ("Matrix Fragments for mma.m16n8k16"), apart from the emulator's own.
 void mma_kernel(const uint16_t* a, const uint16_t* b, float* c) {
+  wait_for_previous();
   const int lane = static_cast<int>(threadIdx.x), group = lane >> 2, in_group = lane % 4;
   uint32_t as[4] = {}, bs[2] = {};
   for (int i = 0; i < 8; ++i) {

@@ -192,6 +192,7 @@ __device__ __forceinline__ void store_pair(const AttentionArgs& a, int64_t row, 
 }
 
 __global__ void __launch_bounds__(kWarps* kWarp) attention_kernel(AttentionArgs a, int64_t n_units) {
+  wait_for_previous();
   const int64_t u = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   if (u >= n_units) return;
   const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, c = lane % 4;
@@ -231,6 +232,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) attention_kernel(AttentionArgs 
 
 // One warp a page; parts to memory: [unit, page of the row][o [16, 64], m [16], l [16]].
 __global__ void __launch_bounds__(kWarps* kWarp) attention_split_kernel(AttentionArgs a, int64_t n_units) {
+  wait_for_previous();
   const int64_t w = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
   const int64_t u = w % n_units, part_index = w / n_units;
   if (part_index >= a.max_pages) return;
@@ -259,6 +261,7 @@ __global__ void __launch_bounds__(kWarps* kWarp) attention_split_kernel(Attentio
 
 // A block of 32 threads joins the parts of one unit's head; a thread has two dimensions.
 __global__ void __launch_bounds__(kWarp) attention_join_kernel(AttentionArgs a) {
+  wait_for_previous();
   const int64_t u = blockIdx.x / kHeads;
   const int head = static_cast<int>(blockIdx.x % kHeads), dim = static_cast<int>(threadIdx.x) * 2;
   const Unit unit = find_unit(a, u);

@@ -39,7 +39,20 @@ struct Launch {
   cudaStream_t stream = nullptr;
 };
 
-// Every kernel starts here.
+// Whether the current card starts a kernel while the one before it still runs (programmatic dependent launch, sm_90 and up).
+inline bool overlaps_launches() {
+#ifdef GPTOSS_CUDA_EMULATE
+  return true;
+#else
+  int device = 0, major = 0;
+  CUDA_CHECK(cudaGetDevice(&device));
+  CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+  return major >= 9;
+#endif
+}
+
+// Every kernel starts here, and every thread of every kernel calls wait_for_previous() before it touches what another kernel
+// writes: the kernel before it on the stream may still be running.
 template <class... Parameters, class... Arguments>
 void launch(const Launch& l, void (*kernel)(Parameters...), Arguments... arguments) {
   if (l.grid.x == 0 || l.grid.y == 0 || l.grid.z == 0) return;
@@ -53,7 +66,28 @@ void launch(const Launch& l, void (*kernel)(Parameters...), Arguments... argumen
   config.blockDim = l.block;
   config.dynamicSmemBytes = l.shared_bytes;
   config.stream = l.stream;
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &overlap;
+  config.numAttrs = overlaps_launches() ? 1 : 0;
   CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
+#endif
+}
+
+// Until all kernels before this one have ended and what they wrote can be read. What no kernel writes during a step (weights,
+// tables) may be read, or prefetched, before.
+__device__ __forceinline__ void wait_for_previous() {
+#ifdef GPTOSS_CUDA_EMULATE
+  emulator::wait_for_previous();
+#elif __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// The next kernel may be started from now on, as far as this block is concerned; it still waits for the end of this one.
+__device__ __forceinline__ void let_next_start() {
+#if !defined(GPTOSS_CUDA_EMULATE) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 

@@ -142,6 +142,7 @@ __device__ __forceinline__ bool find_tile(TokenTile& tile, const MatmulArgs& a, 
 
 template <bool kMxfp4, Epilogue kEpilogue>
 __global__ void __launch_bounds__(Narrow::kThreads) narrow_kernel(MatmulArgs a, int64_t n_tiles) {
+  wait_for_previous();
   constexpr int kAhead = kMxfp4 ? 6 : 3;  // groups whose loads are in flight
   float* sums = shared_memory<float>();   // [slices][16 rows][8 tokens]
   TokenTile tile;
@@ -186,6 +187,7 @@ __device__ __forceinline__ int chunk_at(int token, int chunk) { return token * 8
 
 template <bool kMxfp4, Epilogue kEpilogue>
 __global__ void __launch_bounds__(Wide::kThreads) wide_kernel(MatmulArgs a, int64_t n_tiles) {
+  wait_for_previous();
   constexpr int kTiles = Wide::kTokens / 8, kChunks = Wide::kTokens * 8, kStages = Wide::kStages;
   uint4* stages = shared_memory<uint4>();  // [stages][tokens][8]
   TokenTile tile;

@@ -21,6 +21,7 @@ __device__ __forceinline__ bool better(float a, int i, float b, int j) {
 __global__ void __launch_bounds__(kRouteThreads)
     route_kernel(int32_t* ids, float* weights, const float* t, const uint16_t* router, const float* bias, int hidden,
                  int experts, int k) {
+  wait_for_previous();
   float* logits = shared_memory<float>();                   // [experts]
   float* chosen = logits + experts;                         // [k]
   int32_t* taken = reinterpret_cast<int32_t*>(chosen + k);  // [experts]
@@ -69,6 +70,7 @@ __global__ void __launch_bounds__(kRouteThreads)
 // and finds its slots with votes, once to count and once to write.
 __global__ void __launch_bounds__(kDispatchThreads)
     dispatch_kernel(int32_t* slots, TokenTile* tiles, int32_t* n_tiles, const int32_t* ids, int n, int experts, int tile) {
+  wait_for_previous();
   int32_t* counts = shared_memory<int32_t>();  // [experts]
   const int warp = static_cast<int>(threadIdx.x) / kWarp, lane = static_cast<int>(threadIdx.x) % kWarp;
   constexpr int kWarps = kDispatchThreads / kWarp;
@@ -105,6 +107,7 @@ __global__ void __launch_bounds__(kDispatchThreads)
 // x += sum over the choices, best first, of weight * output.                 outputs: [n, k, hidden]   weights: [n, k]
 __global__ void __launch_bounds__(kCombineThreads)
     combine_kernel(float* x, const float* outputs, const float* weights, int k, int hidden) {
+  wait_for_previous();
   const int64_t row = blockIdx.x;
   for (int i = static_cast<int>(threadIdx.x); i < hidden; i += kCombineThreads) {
     float sum = 0;

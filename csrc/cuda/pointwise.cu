@@ -8,6 +8,7 @@ namespace {
 constexpr int kThreads = 256;
 
 __global__ void embed_kernel(float* x, const int32_t* tokens, const uint16_t* table, int64_t hidden) {
+  wait_for_previous();
   const uint16_t* row = table + tokens[blockIdx.x] * hidden;
   for (int64_t i = threadIdx.x; i < hidden; i += kThreads) x[blockIdx.x * hidden + i] = bf16_low(row[i]);
 }
@@ -16,6 +17,7 @@ __global__ void embed_kernel(float* x, const int32_t* tokens, const uint16_t* ta
 template <bool kListed>
 __global__ void __launch_bounds__(kThreads)
     rmsnorm_kernel(float* t, Rounded rounded, const float* x, const float* weight, float eps, int64_t hidden, RowList list) {
+  wait_for_previous();
   float* sums = shared_memory<float>();  // [warps]
   const int64_t row = kListed ? list.rows[blockIdx.x] : blockIdx.x;
   const float2* in = reinterpret_cast<const float2*>(x + row * hidden);
@@ -42,6 +44,7 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 __global__ void round_kernel(Rounded rounded, const float* x, int64_t cols) {
+  wait_for_previous();
   const float2* in = reinterpret_cast<const float2*>(x + blockIdx.x * cols);
   uint32_t* out = reinterpret_cast<uint32_t*>(rounded.data + blockIdx.x * rounded.stride);
   for (int64_t i = threadIdx.x; i < rounded.stride / 2; i += kThreads) {
@@ -54,6 +57,7 @@ __global__ void round_kernel(Rounded rounded, const float* x, int64_t cols) {
 // attention reads 16 bytes of either as one fragment.
 __global__ void rope_append_kernel(float* q, uint16_t* keys, uint16_t* values, const float* qkv, const float* cos,
                                    const float* sin, DeviceBatch batch, bool window, int heads, int kv_heads) {
+  wait_for_previous();
   const int64_t row = blockIdx.x, position = batch.positions[row];
   const int32_t* base = window ? batch.window_base : batch.full_base;
   const int64_t page = batch.pages[base[batch.sequence_of[row]] + position / 128], slot = position % 128;

@@ -21,6 +21,7 @@ __device__ int64_t source_row(int64_t tile, int r, bool gate_up) {
 }
 
 __global__ void arrange_bf16_kernel(uint4* out, const uint16_t* source, int64_t n, int64_t cols, int64_t vectors) {
+  wait_for_previous();
   const int64_t v = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (v >= vectors) return;
   const int lane = static_cast<int>(v % 32), half = static_cast<int>(v / 32 % 2);
@@ -44,6 +45,7 @@ __device__ uint32_t scatter_codes(uint32_t codes) {
 
 __global__ void arrange_mxfp4_kernel(uint32_t* out, const uint8_t* source, int64_t n, int64_t cols, bool gate_up,
                                      int64_t words) {
+  wait_for_previous();
   const int64_t v = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (v >= words) return;
   const int half = static_cast<int>(v % 2), block = static_cast<int>(v / 2 % 2), lane = static_cast<int>(v / 4 % 32);
@@ -56,6 +58,7 @@ __global__ void arrange_mxfp4_kernel(uint32_t* out, const uint8_t* source, int64
 
 __global__ void arrange_scales_kernel(uint8_t* out, const uint8_t* source, int64_t n, int64_t cols, bool gate_up,
                                       int64_t bytes) {
+  wait_for_previous();
   const int64_t v = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (v >= bytes) return;
   const int block = static_cast<int>(v % 2), half = static_cast<int>(v / 2 % 2), g = static_cast<int>(v / 4 % 8);

@@ -59,7 +59,7 @@ struct Fiber {
   void* pointer = nullptr;              // of the stack, while it does not run
   const uint32_t* waits_for = nullptr;  // a generation that must move on from `seen`
   uint32_t seen = 0;
-  bool done = false;
+  bool done = false, has_waited = false;
   dim3 index;
   std::vector<Copy> copies;
   int group = 0;  // that the next copies belong to
@@ -109,6 +109,7 @@ void run(Fiber& fiber) {
 void fiber_main() {
   FINISH_SWITCH(nullptr, &scheduler_bottom, &scheduler_size);
   (*block.kernel)();
+  if (!current->has_waited) block.error = "a thread that never waits for the kernel before it";
   current->done = true;
   to_scheduler();
   std::abort();
@@ -116,7 +117,7 @@ void fiber_main() {
 
 void prepare(Fiber& fiber, dim3 index) {
   fiber.waits_for = nullptr;
-  fiber.done = false;
+  fiber.done = fiber.has_waited = false;
   fiber.index = index;
   fiber.copies.clear();
   fiber.group = 0;
@@ -212,6 +213,8 @@ void barrier() {
   }
   wait(meeting.generation);
 }
+
+void wait_for_previous() { current->has_waited = true; }
 
 void collective(void* mine, Combine combine) {
   const unsigned thread = current->index.x;

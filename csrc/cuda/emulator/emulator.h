@@ -7,6 +7,7 @@
 // race. What is checked or provoked:
 //   - a barrier or collective that not all threads reach is an error that says which block and how many threads;
 //   - shared memory is a heap block of the size asked for and starts as NaN (all bits set), before every block;
+//   - a kernel with a thread that never waits for the kernel before it (wait_for_previous) is an error;
 //   - device allocations are separate heap blocks, so AddressSanitizer sees an access out of bounds;
 //   - asynchronous copies to shared memory happen as late as they may: when they are waited for.
 // Streams run at once, so stream order holds and events need no state. Only what the kernels use is here: warp collectives of
@@ -55,6 +56,7 @@ extern Place place;
 void launch(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);  // throws on a lost thread
 unsigned char* shared_memory();
 void barrier();
+void wait_for_previous();  // on the card, until the kernel before this one has ended
 
 // All 32 lanes of the calling warp hand over a pointer; the last to come runs combine(lanes), then all go on.
 using Combine = void (*)(void* const* lanes);
