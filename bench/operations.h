@@ -14,7 +14,7 @@ namespace gptoss::bench {
 
 struct Case {
   std::string op;     // linear_qkv, linear_o, unembedding, moe_add, attention, rmsnorm, route, rope_append
-  std::string shape;  // 20b, 120b
+  std::string shape;  // 20b, 120b, tiny
   std::string isa;
   int64_t tokens = 1;
   int64_t sequences = 1;  // the tokens are divided among them
@@ -37,8 +37,9 @@ inline size_t cold_bytes() {
 
 class Operation {
  public:
-  Operation(Backend& backend, cpu::ThreadPool& pool, const Case& c)
-      : backend_(backend), pool_(pool), case_(c), config_(preset(c.shape, 1)) {
+  // cold: operands that a model reads from memory come from there. Else there is one of each.
+  Operation(Backend& backend, cpu::ThreadPool& pool, const Case& c, bool cold = true)
+      : backend_(backend), pool_(pool), case_(c), config_(preset(c.shape, 1)), cold_(cold) {
     n_ = c.tokens;
     backend_.reserve(config_);
     x_ = activations(n_ * config_.qkv_size());
@@ -63,9 +64,10 @@ class Operation {
       FAIL("unknown operation ", c.op);
   }
 
-  void run() {
+  // Several calls are waited for together.
+  void run(int64_t calls = 1) {
     backend_.begin(batch_);
-    call_(turn_++);
+    for (int64_t i = 0; i < calls; ++i) call_(turn_++);
     backend_.synchronize();
   }
   const Cost& cost() const { return cost_; }
@@ -103,7 +105,7 @@ class Operation {
     return weight;
   }
 
-  static int64_t copies(size_t bytes) { return std::min<int64_t>(1024, cold_bytes() / bytes + 1); }
+  int64_t copies(size_t bytes) const { return cold_ ? std::min<int64_t>(1024, cold_bytes() / bytes + 1) : 1; }
 
   // Sequences of the same length, each with pages of its own.
   void make_batch() {
@@ -254,6 +256,7 @@ class Operation {
   cpu::ThreadPool& pool_;
   Case case_;
   ModelConfig config_;
+  bool cold_;
   int64_t n_ = 0, n_pages_ = 0, turn_ = 0;
   uint64_t seed_ = 0;
   Batch batch_;
