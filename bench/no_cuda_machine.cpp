@@ -1,0 +1,9 @@
+// Benchmarks built without CUDA.
+#include "check.h"
+#include "cuda_machine.h"
+
+namespace gptoss::bench {
+
+CudaLimits measure_cuda(int, bool) { FAIL("this benchmark was built without CUDA"); }
+
+}  // namespace gptoss::bench
