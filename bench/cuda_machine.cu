@@ -13,6 +13,11 @@ namespace {
 using namespace gptoss::cuda;
 
 constexpr int kThreads = 512, kLoads = 8, kChains = 8;
+#ifdef GPTOSS_CUDA_EMULATE
+constexpr bool kSmall = true;  // a pass of milliseconds, to see that it runs
+#else
+constexpr bool kSmall = false;
+#endif
 
 // Each block reads its own part from one end to the other, kLoads x 16 bytes a thread at a time.
 __global__ void __launch_bounds__(kThreads) read_kernel(uint32_t* sink, const uint4* data, int64_t vectors_a_block) {
@@ -60,14 +65,14 @@ double fastest(const Stream& stream, int passes, const Pass& pass) {
 
 }  // namespace
 
-CudaLimits measure_cuda(int device, bool small) {
+CudaLimits measure_cuda(int device) {
   CUDA_CHECK(cudaSetDevice(device));
   cudaDeviceProp properties{};
   CUDA_CHECK(cudaGetDeviceProperties(&properties, device));
-  const int passes = small ? 1 : 12;
-  const unsigned blocks = static_cast<unsigned>(properties.multiProcessorCount) * (small ? 1 : 4);
-  const int64_t vectors_a_block = kThreads * kLoads * int64_t{small ? 1 : 64};  // 4 MiB a block, 2 GiB on a large card
-  const int rounds = small ? 1 : 1 << 14;
+  const int passes = kSmall ? 1 : 12;
+  const unsigned blocks = static_cast<unsigned>(properties.multiProcessorCount) * (kSmall ? 1 : 4);
+  const int64_t vectors_a_block = kThreads * kLoads * int64_t{kSmall ? 1 : 64};  // 4 MiB a block, 2 GiB on a large card
+  const int rounds = kSmall ? 1 : 1 << 14;
   const Stream stream;
   const Buffer data = device_memory(vectors_a_block * blocks * 16), sink = device_memory(4);
   CUDA_CHECK(cudaMemsetAsync(data.data(), 0, data.bytes(), stream));

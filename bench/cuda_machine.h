@@ -9,7 +9,7 @@ struct CudaLimits {
   double dot_flops = 0;         // bfloat16 products by mma.sync, sums in float32; a multiplication and its addition are two
 };
 
-// The best of a few passes. small: a pass of a few milliseconds in the emulator, to see that it runs.
-CudaLimits measure_cuda(int device, bool small);
+// The best of a few passes.
+CudaLimits measure_cuda(int device);
 
 }  // namespace gptoss::bench

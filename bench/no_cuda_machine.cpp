@@ -4,6 +4,6 @@
 
 namespace gptoss::bench {
 
-CudaLimits measure_cuda(int, bool) { FAIL("this benchmark was built without CUDA"); }
+CudaLimits measure_cuda(int) { FAIL("this benchmark was built without CUDA"); }
 
 }  // namespace gptoss::bench
