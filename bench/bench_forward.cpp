@@ -37,7 +37,7 @@ class Limiter {
   explicit Limiter(const Backend& backend) : isa_(backend.isa()) {
     const std::string device = backend.device();
     if (device.rfind("cuda:", 0) == 0) {
-      const CudaLimits card = measure_cuda(std::atoi(device.c_str() + 5));
+      const CudaLimits card = measure_cuda(card_of(device));
       limits_ = {card.bytes_per_second, card.dot_flops, 0};
     } else {
       pool_ = std::make_unique<cpu::ThreadPool>(backend.threads());

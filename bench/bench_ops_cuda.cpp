@@ -101,7 +101,7 @@ int run(int argc, char** argv) {
   backend_options.max_batch_tokens = most;
   cpu::ThreadPool pool(cpu::default_threads());
   const std::string device = make_cuda_backend(backend_options)->device();  // cuda:N
-  const CudaLimits limits = measure_cuda(std::atoi(device.c_str() + device.find(':') + 1));
+  const CudaLimits limits = measure_cuda(card_of(device));
   std::printf(options["json"].empty() ? "%.0f GB/s, %.0f TFLOP/s (mma.sync)\n"
                                       : "{\"bench\": \"limits\", \"gb_per_s\": %.1f, \"mma_tflop_per_s\": %.1f}\n",
               1e-9 * limits.bytes_per_second, 1e-12 * limits.dot_flops);

@@ -50,6 +50,21 @@ __global__ void __launch_bounds__(256) mma_kernel(float* sink, int rounds) {
   if (total < 0) *sink = total;
 }
 
+// xorshift64 (Marsaglia 2003), 16 words a thread: a thread's words are not far apart, threads' starts are.
+constexpr int kWords = 16;
+__global__ void __launch_bounds__(kThreads) fill_kernel(uint64_t* data, int64_t words, RandomBits bits, uint64_t seed) {
+  wait_for_previous();
+  const int64_t first = (static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x) * kWords;
+  uint64_t x = (seed << 40) + static_cast<uint64_t>(first) + 1;
+  for (int i = 0; i < 3; ++i) x = (x ^ x >> 29) * 0x2545F4914F6CDD1D;
+  for (int64_t i = first; i < first + kWords && i < words; ++i) {
+    x ^= x << 13;
+    x ^= x >> 7;
+    x ^= x << 17;
+    data[i] = (x & bits.mask) + bits.base;
+  }
+}
+
 template <class Pass>
 double fastest(const Stream& stream, int passes, const Pass& pass) {
   double best = 1e30;
@@ -87,6 +102,19 @@ CudaLimits measure_cuda(int device) {
                        launch({dim3(blocks), dim3(256), 0, stream}, mma_kernel, sink.as<float>(), rounds);
                      });
   return limits;
+}
+
+Buffer card_memory(int device, size_t bytes) {
+  CUDA_CHECK(cudaSetDevice(device));
+  return device_memory(round_up(static_cast<int64_t>(bytes), 8));
+}
+
+void fill_random_on_card(const Buffer& buffer, size_t bytes, RandomBits bits, uint64_t seed) {
+  CUDA_CHECK(cudaDeviceSynchronize());
+  const int64_t words = ceil_div(static_cast<int64_t>(bytes), 8);
+  launch({dim3(static_cast<unsigned>(ceil_div(words, kThreads * kWords))), dim3(kThreads)}, fill_kernel, buffer.as<uint64_t>(),
+         words, bits, seed);
+  CUDA_CHECK(cudaDeviceSynchronize());
 }
 
 }  // namespace gptoss::bench

@@ -42,6 +42,7 @@ struct HostTensor {
   const void* data = nullptr;  // shape, row-major
   DType dtype = DType::F32;
   std::vector<int64_t> shape;
+  bool on_device = false;  // data is the backend's memory: matrices only
 };
 
 // Backend memory that frees itself.

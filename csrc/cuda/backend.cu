@@ -174,8 +174,11 @@ void CudaBackend::send_rows(const HostTensor& source, int64_t n, int64_t row_byt
   const int64_t step = std::max<int64_t>(16, static_cast<int64_t>(Stage::kBytes) / row_bytes / 16 * 16);
   for (int64_t row = 0; row < n; row += step) {
     const int64_t now = std::min(step, n - row);
-    stage_->send(static_cast<const uint8_t*>(source.data) + row * row_bytes, now * row_bytes, *stream_,
-                 [&](void* device) { arrange(device, row, now); });
+    const uint8_t* part = static_cast<const uint8_t*>(source.data) + row * row_bytes;
+    if (source.on_device)
+      arrange(part, row, now);
+    else
+      stage_->send(part, now * row_bytes, *stream_, [&](const void* device) { arrange(device, row, now); });
   }
 }
 
@@ -184,7 +187,7 @@ void CudaBackend::load_rows(Weight& weight, int64_t first_row, const HostTensor&
   const bool table = weight.format == WeightFormat::kTable;
   CHECK(table || first_row % 16 == 0, source.name, ": its rows start at ", first_row, ", inside a block of 16");
   uint8_t* storage = weight.storage.as<uint8_t>();
-  send_rows(source, source.shape[0], cols * 2, [&](void* device, int64_t row, int64_t n) {
+  send_rows(source, source.shape[0], cols * 2, [&](const void* device, int64_t row, int64_t n) {
     if (table)
       CUDA_CHECK(
           cudaMemcpyAsync(storage + (first_row + row) * cols * 2, device, n * cols * 2, cudaMemcpyDeviceToDevice, *stream_));
@@ -194,7 +197,7 @@ void CudaBackend::load_rows(Weight& weight, int64_t first_row, const HostTensor&
 }
 
 void CudaBackend::load_mxfp4_blocks(Weight& weight, const HostTensor& blocks) {
-  send_rows(blocks, weight.experts * weight.rows, weight.cols / 2, [&](void* device, int64_t row, int64_t n) {
+  send_rows(blocks, weight.experts * weight.rows, weight.cols / 2, [&](const void* device, int64_t row, int64_t n) {
     arrange_mxfp4(weight.storage.as<uint8_t>(), static_cast<const uint8_t*>(device), row, n, weight.cols, weight.gate_up,
                   *stream_);
   });
@@ -202,7 +205,7 @@ void CudaBackend::load_mxfp4_blocks(Weight& weight, const HostTensor& blocks) {
 
 void CudaBackend::load_mxfp4_scales(Weight& weight, const HostTensor& scales) {
   uint8_t* storage = weight.storage.as<uint8_t>() + arranged_scales_offset(weight.experts, weight.rows, weight.cols);
-  send_rows(scales, weight.experts * weight.rows, weight.cols / 32, [&](void* device, int64_t row, int64_t n) {
+  send_rows(scales, weight.experts * weight.rows, weight.cols / 32, [&](const void* device, int64_t row, int64_t n) {
     arrange_scales(storage, static_cast<const uint8_t*>(device), row, n, weight.cols, weight.gate_up, *stream_);
   });
 }
