@@ -95,6 +95,8 @@ class Backend {
   // All codes, or all scales, of a kMxfp4 weight.    blocks: [E, rows, cols/32, 16], scales: [E, rows, cols/32] u8, host
   virtual void load_mxfp4_blocks(Weight& weight, const HostTensor& blocks) = 0;
   virtual void load_mxfp4_scales(Weight& weight, const HostTensor& scales) = 0;
+  // Waits until all weights are there; what only loading needed goes.
+  virtual void finish_loading() = 0;
 
   // --- one step ---------------------------------------------------------------------------------------------------
   // Stages the batch's integers; the operations below speak of its rows. The batch must outlive the step.

@@ -208,7 +208,7 @@ Weights WeightLoader::finish() {
     fewest.resize(std::min<size_t>(n, 3));
     CHECK(false, n, n == 1 ? " tensor is" : " tensors are", " missing: ", fewest, n > 3 ? " ..." : "");
   }
-  backend_.synchronize();
+  backend_.finish_loading();
   return std::move(weights_);
 }
 

@@ -59,6 +59,7 @@ class CpuBackend final : public Backend {
   void load_rows(Weight& weight, int64_t first_row, const HostTensor& source) override;
   void load_mxfp4_blocks(Weight& weight, const HostTensor& blocks) override;
   void load_mxfp4_scales(Weight& weight, const HostTensor& scales) override;
+  void finish_loading() override {}
 
   void begin(const Batch& batch) override {
     CHECK(batch.n_tokens() <= max_tokens_, "a step takes at most ", max_tokens_, " tokens, not ", batch.n_tokens());

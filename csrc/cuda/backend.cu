@@ -98,6 +98,10 @@ class CudaBackend final : public Backend {
   void load_rows(Weight& weight, int64_t first_row, const HostTensor& source) override;
   void load_mxfp4_blocks(Weight& weight, const HostTensor& blocks) override;
   void load_mxfp4_scales(Weight& weight, const HostTensor& scales) override;
+  void finish_loading() override {
+    synchronize();
+    stage_ = std::make_unique<Stage>();
+  }
 
   // --- one step ---------------------------------------------------------------------------------------------------
   void begin(const Batch& batch) override { stage_batch(batch, batch.n_tokens()); }
@@ -215,7 +219,6 @@ Weight CudaBackend::make_weight(WeightFormat format, int64_t experts, int64_t ro
 template <class Arrange>
 void CudaBackend::send_rows(const HostTensor& source, int64_t n, int64_t row_bytes, const Arrange& arrange) {
   use();
-  CHECK(stage_, source.name, ": weights are loaded before reserve");
   const int64_t step = std::max<int64_t>(16, static_cast<int64_t>(Stage::kBytes) / row_bytes / 16 * 16);
   for (int64_t row = 0; row < n; row += step) {
     const int64_t now = std::min(step, n - row);

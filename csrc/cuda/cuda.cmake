@@ -1,10 +1,11 @@
 # How the CUDA backend is built.
-#   GPTOSS_CUDA=AUTO     for the cards that are there, where both a card and a compiler are found; else as OFF
+#   GPTOSS_CUDA=AUTO     the default: for the cards that are there, where both a card and a compiler are found; else as OFF,
+#                        saying why
 #   GPTOSS_CUDA=ON       for GPTOSS_CUDA_ARCHITECTURES
-#   GPTOSS_CUDA=OFF      a stub that says so when it is asked for; the default until the backend has run on a card
+#   GPTOSS_CUDA=OFF      a stub that says so when it is asked for
 #   GPTOSS_CUDA=EMULATE  the same sources with the C++ compiler, run by csrc/cuda/emulator
 # ON and AUTO with a card need CMake 3.25 and the CUDA toolkit 12.4, or newer; the rest is content with what the CPU needs.
-set(GPTOSS_CUDA OFF CACHE STRING "CUDA backend: AUTO, ON, OFF or EMULATE")
+set(GPTOSS_CUDA AUTO CACHE STRING "CUDA backend: AUTO, ON, OFF or EMULATE")
 set(GPTOSS_CUDA_ARCHITECTURES "80-real;90a-real;120" CACHE STRING "CUDA architectures of GPTOSS_CUDA=ON")
 set_property(CACHE GPTOSS_CUDA PROPERTY STRINGS AUTO ON OFF EMULATE)
 
