@@ -135,7 +135,9 @@ class CudaBackend final : public Backend {
  private:
   void use() const {
     card_.check();
-    CUDA_CHECK(cudaSetDevice(device_));
+    int current = -1;
+    CUDA_CHECK(cudaGetDevice(&current));
+    if (current != device_) CUDA_CHECK(cudaSetDevice(device_));
   }
 
   // At least so many bytes. What was there may be in use until the stream has passed, and graphs have its address.
