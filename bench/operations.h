@@ -41,7 +41,7 @@ class Operation {
   Operation(Backend& backend, cpu::ThreadPool& pool, const Case& c, bool cold = true)
       : backend_(backend), pool_(pool), case_(c), config_(preset(c.shape, 1)), cold_(cold) {
     n_ = c.tokens;
-    backend_.reserve(config_);
+    backend_.reserve(config_, {n_, n_, c.context + 1});
     x_ = activations(n_ * config_.qkv_size());
     make_batch();
     if (c.op == "linear_qkv")

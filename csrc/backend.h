@@ -2,17 +2,21 @@
 //
 // The model (model.cpp) is written once against this interface. Choosing a kernel for one token or a thousand, grouping
 // tokens by expert and rounding operands happen below it. Operations run in order on the backend's one stream; none
-// allocates or waits for the host. Outputs come first, then inputs. Activations are float32; an operation that multiplies
-// matrices rounds its activations to bfloat16 itself and sums in float32.
+// allocates or waits for the host, so that a step of a known kind can be recorded and replayed. Outputs come first, then
+// inputs. Activations are float32; an operation that multiplies matrices rounds its activations to bfloat16 itself and sums in
+// float32.
 //
 // The result of a row depends on its own sequence alone, bit for bit: not on other rows, not on how a prompt was cut into
 // steps, not on the number of threads.
 #pragma once
+#include <functional>
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "batch.h"
 #include "config.h"
+#include "sampling.h"
 #include "tensor.h"
 
 namespace gptoss {
@@ -43,11 +47,26 @@ struct Routing {
   Mat<float> weights;    // [n, k] softmax over the k
 };
 
+// The next token of one sequence, drawn from one row of logits.
+struct SampleRequest {
+  int64_t row = 0;
+  const Sampler* sampler = nullptr;
+  int64_t position = 0;  // of the new token in its sequence
+};
+
+// The most a model can be asked for; what its memory is planned by.
+struct Limits {
+  int64_t batch_tokens = 0;  // rows of a step
+  int64_t sequences = 0;     // of a step, and with pages in the cache
+  int64_t context = 0;       // tokens of a sequence
+};
+
 struct BackendOptions {
   std::string device;            // "cpu", "cuda", "cuda:1"
   int threads = 0;               // 0: as many as this process may use
   std::string isa;               // CPU instruction set to force; empty: GPTOSS_ISA, else the best
   int64_t max_batch_tokens = 0;  // rows of the largest step
+  bool invariant = false;  // CUDA: only kernels whose sums do not depend on the shape of the launch. The CPU has no others
 };
 
 class Backend {
@@ -61,22 +80,37 @@ class Backend {
   virtual Buffer allocate(size_t bytes) = 0;  // zero-filled
   virtual void copy_in(void* device, const void* host, size_t bytes) = 0;
   virtual void copy_out(void* host, const void* device, size_t bytes) = 0;
-  // Bytes this backend could still take for the cache.
+  // Bytes that may still be taken; some that others will want are left out.
   virtual size_t available_memory() const = 0;
-  // Takes the work space of the operations for this shape, once.
-  virtual void reserve(const ModelConfig& config) = 0;
+  // Takes the work space of the operations, once: no step within the limits takes more.
+  virtual void reserve(const ModelConfig& config, const Limits& limits) = 0;
+  // What reserve would take.
+  virtual size_t workspace_bytes(const ModelConfig& config, const Limits& limits) = 0;
 
   // --- weights ----------------------------------------------------------------------------------------------------
+  virtual size_t weight_bytes(WeightFormat format, int64_t experts, int64_t rows, int64_t cols) const = 0;
   virtual Weight make_weight(WeightFormat format, int64_t experts, int64_t rows, int64_t cols, bool gate_up) = 0;
   // rows [first_row, first_row + n) of a kTable or kBf16 weight.   source: bfloat16 [n, cols], host
   virtual void load_rows(Weight& weight, int64_t first_row, const HostTensor& source) = 0;
   // All codes, or all scales, of a kMxfp4 weight.    blocks: [E, rows, cols/32, 16], scales: [E, rows, cols/32] u8, host
   virtual void load_mxfp4_blocks(Weight& weight, const HostTensor& blocks) = 0;
   virtual void load_mxfp4_scales(Weight& weight, const HostTensor& scales) = 0;
+  // Waits until all weights are there; what only loading needed goes.
+  virtual void finish_loading() = 0;
 
   // --- one step ---------------------------------------------------------------------------------------------------
   // Stages the batch's integers; the operations below speak of its rows. The batch must outlive the step.
   virtual void begin(const Batch& batch) = 0;
+
+  // Begins the batch and does operations(rows), which must work on as many rows: those of the batch, or more where a backend
+  // fills a batch of single tokens up to a size that it has launches for (rows that pad are nobody's; their results mean
+  // nothing). For such a batch it may also record what the operations launch and replay that for the next of the same kind;
+  // `reads_out` tells apart operations that end with logits.
+  virtual void run(const Batch& batch, bool reads_out, const std::function<void(int64_t rows)>& operations) {
+    (void)reads_out;
+    begin(batch);
+    operations(batch.n_tokens());
+  }
 
   // x[i] = table[tokens[i]]                                                        x: [n, H]   table: [V, H]
   virtual void embed(Mat<float> x, const Weight& table) = 0;
@@ -105,6 +139,9 @@ class Backend {
 
   // x += sum over the chosen experts of weight * down(swiglu(gate_up(t)))                        x, t: [n, H]
   virtual void moe_add(Mat<float> x, Mat<const float> t, const Routing& top, const ExpertWeights& experts) = 0;
+
+  // Draws from rows of logits and waits for the tokens.                                       logits: [n, V]
+  virtual std::vector<Sample> sample(Mat<const float> logits, const std::vector<SampleRequest>& requests);
 
   // Waits until everything asked for is done and results may be read.
   virtual void synchronize() = 0;

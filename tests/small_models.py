@@ -220,8 +220,9 @@ def make_core(config: Config, tensors: dict[str, Tensor], threads: int = 1, **op
     """The engine's core on DEVICE with these weights; `options` are Core's own."""
     from gptoss import _gptoss
 
+    defaults = {"device": DEVICE, "max_sequences": 8}  # a small cache: an emulated card is touched
     core = _gptoss.Core(
-        _gptoss.Config(**core_fields(config)), threads=threads, **({"device": DEVICE} | options)
+        _gptoss.Config(**core_fields(config)), threads=threads, **(defaults | options)
     )
     for name, tensor in tensors.items():
         core.load_tensor(name, tensor)

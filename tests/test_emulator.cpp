@@ -172,6 +172,117 @@ void test_rounding() {
   CHECK((pack_bf16(1.00390625f, 1.01171875f) == 0x3f823f80u), "halves go to even");
 }
 
+// --- runtime ----------------------------------------------------------------------------------------------------------
+
+void add_kernel(int* sum, int value) {
+  wait_for_previous();
+  if (threadIdx.x == 0) *sum += value;
+}
+
+void expect_status(cudaError_t status, cudaError_t expected) {
+  CHECK(status == expected, "\"", cudaGetErrorString(status), "\", not \"", cudaGetErrorString(expected), "\"");
+}
+
+// What goes to the stream is kept while it is captured, arguments as they were, and done at every launch of the graph.
+void test_graph() {
+  cudaStream_t stream = nullptr;
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t exec = nullptr;
+  int sum = 0, value = 5, copy = 0;
+  expect_status(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), cudaSuccess);
+  expect_status(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), cudaSuccess);
+  launch({dim3(1), dim3(32), 0, stream}, add_kernel, &sum, value);
+  value = 7;
+  expect_status(cudaMemcpyAsync(&copy, &sum, sizeof sum, cudaMemcpyDeviceToHost, stream), cudaSuccess);
+  launch({dim3(1), dim3(32), 0, stream}, add_kernel, &sum, 100);
+  expect_status(cudaStreamEndCapture(stream, &graph), cudaSuccess);
+  CHECK(sum == 0 && copy == 0, "a captured launch ran");
+  expect_status(cudaGraphInstantiate(&exec, graph), cudaSuccess);
+  expect_status(cudaGraphDestroy(graph), cudaSuccess);
+  for (int i = 1; i <= 2; ++i) {
+    expect_status(cudaGraphLaunch(exec, stream), cudaSuccess);
+    CHECK(sum == 105 * i && copy == sum - 100, "launch ", i, ": ", sum, " and ", copy);
+  }
+  expect_status(cudaGraphExecDestroy(exec), cudaSuccess);
+  expect_status(cudaStreamDestroy(stream), cudaSuccess);
+}
+
+void test_what_a_capture_forbids() {
+  void* memory = nullptr;
+  expect_status(cudaMalloc(&memory, 256), cudaSuccess);
+  const std::function<cudaError_t(cudaStream_t)> forbidden[] = {
+      [](cudaStream_t) {
+        void* more = nullptr;
+        return cudaMalloc(&more, 256);
+      },
+      [&](cudaStream_t) { return cudaFree(std::exchange(memory, nullptr)); },
+      [](cudaStream_t stream) { return cudaStreamSynchronize(stream); },
+      [](cudaStream_t) { return cudaEventSynchronize(nullptr); },
+  };
+  for (const auto& call : forbidden) {
+    cudaStream_t stream = nullptr;
+    cudaGraph_t graph = nullptr;
+    expect_status(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), cudaSuccess);
+    expect_status(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), cudaSuccess);
+    expect_status(call(stream), cudaErrorStreamCaptureUnsupported);
+    expect_status(cudaStreamEndCapture(stream, &graph), cudaErrorStreamCaptureInvalidated);
+    expect_status(cudaStreamSynchronize(stream), cudaSuccess);  // and the stream is as before
+    expect_status(cudaStreamDestroy(stream), cudaSuccess);
+  }
+}
+
+void test_memory() {
+  size_t before = 0, after = 0, total = 0;
+  void* memory = nullptr;
+  setenv("GPTOSS_EMULATOR_MEMORY", "1000000", 1);
+  cudaMemGetInfo(&before, &total);
+  expect_status(cudaMalloc(&memory, 1000), cudaSuccess);
+  cudaMemGetInfo(&after, &total);
+  CHECK(total == 1000000 && before - after == 1024, before - after, " bytes of ", total);
+  void* more = nullptr;
+  expect_status(cudaMalloc(&more, 999000), cudaErrorMemoryAllocation);
+  expect_status(cudaFree(memory), cudaSuccess);
+  cudaMemGetInfo(&after, &total);
+  CHECK(after == before, "freed memory counts");
+  unsetenv("GPTOSS_EMULATOR_MEMORY");
+}
+
+// The second kernel fails: it does not run, and from then on nothing works until the reset.
+void test_failure() {
+  int sum = 0;
+  setenv("GPTOSS_EMULATOR_FAIL", "2", 1);
+  launch({dim3(1), dim3(32)}, add_kernel, &sum, 1);
+  launch({dim3(1), dim3(32)}, add_kernel, &sum, 1);
+  CHECK(sum == 1, "a failing kernel ran");
+  for (int i = 0; i < 2; ++i) {
+    expect_error("cudaLaunchKernelEx failed: an illegal memory access",
+                 [&] { launch({dim3(1), dim3(32)}, add_kernel, &sum, 1); });
+    void* memory = nullptr;
+    expect_status(cudaMalloc(&memory, 16), cudaErrorIllegalAddress);
+    expect_status(cudaStreamSynchronize(nullptr), cudaErrorIllegalAddress);
+    expect_status(cudaGetLastError(), cudaErrorIllegalAddress);
+  }
+  expect_status(cudaDeviceReset(), cudaSuccess);
+  for (int i = 0; i < 3; ++i) launch({dim3(1), dim3(32)}, add_kernel, &sum, 1);
+  CHECK(sum == 4, "after a reset kernels run again: ", sum);
+  unsetenv("GPTOSS_EMULATOR_FAIL");
+}
+
+void test_devices() {
+  int n = 0;
+  cudaDeviceProp properties;
+  setenv("GPTOSS_EMULATOR_DEVICES", "2", 1);
+  setenv("GPTOSS_EMULATOR_SM", "75", 1);
+  expect_status(cudaGetDeviceCount(&n), cudaSuccess);
+  expect_status(cudaGetDeviceProperties(&properties, 1), cudaSuccess);
+  CHECK(n == 2 && properties.major == 7 && properties.minor == 5, n, " devices of ", properties.major, ".", properties.minor);
+  expect_status(cudaSetDevice(2), cudaErrorInvalidDevice);
+  setenv("GPTOSS_EMULATOR_DEVICES", "0", 1);
+  expect_status(cudaGetDeviceCount(&n), cudaErrorInsufficientDriver);
+  unsetenv("GPTOSS_EMULATOR_DEVICES");
+  unsetenv("GPTOSS_EMULATOR_SM");
+}
+
 }  // namespace
 }  // namespace gptoss::cuda
 
@@ -190,6 +301,11 @@ int main() {
     }
     set_seed(0);
     test_race_shows();
+    test_graph();
+    test_what_a_capture_forbids();
+    test_memory();
+    test_devices();
+    test_failure();
   } catch (const std::exception& error) {
     std::fprintf(stderr, "test_emulator: %s\n", error.what());
     return 1;

@@ -339,6 +339,27 @@ def test_cache_of_window_layers_is_bounded() -> None:
     assert core.memory()["cache_used"] == 0
 
 
+def test_window_pages_suffice() -> None:
+    """Whatever steps as many sequences as there may be take, the window layers' pool, which holds
+    little more than their windows, has the pages."""
+    chance = random.Random(1)
+    config = small(1, hidden_size=32, n_heads=1, n_kv_heads=1, n_experts=4, intermediate_size=32)
+    core = make_core(config, random_tensors(config), max_sequences=3, max_batch_tokens=300)
+    sequences = [_gptoss.Sequence(core) for _ in range(3)]
+    for _ in range(40):
+        chosen = chance.sample(sequences, chance.randint(1, 3))
+        cuts = sorted(chance.sample(range(1, 300), len(chosen) - 1))
+        counts = [end - start for start, end in zip([0, *cuts], [*cuts, 300], strict=True)]
+        core.step([(s, [1] * n, 0, None) for s, n in zip(chosen, counts, strict=True)])
+        for sequence in chosen:
+            if sequence.length > 2000:
+                sequence.truncate(0)
+    with pytest.raises(RuntimeError, match="pages of 128 tokens of the window layers are in use"):
+        others = [_gptoss.Sequence(core) for _ in range(9)]
+        for sequence in others:
+            core.step([(sequence, [1] * 129, 0, None)])
+
+
 def test_cache_is_freed_with_the_sequence() -> None:
     config = CONFIGS["one_layer"]
     core = make_core(config, random_tensors(config))

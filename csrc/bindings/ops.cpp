@@ -115,7 +115,8 @@ class Ops {
     fill_rope_table(config, 0, end, cos.data(), sin.data());
     const Buffer cos_ = put(cos), sin_ = put(sin);
     const RopeTable rope{cos_.mat<const float>(end, 32), sin_.mat<const float>(end, 32)};
-    KvCache cache(*backend_, config, (n / kPageTokens + 2) * static_cast<int64_t>(lengths.size()) + 2);
+    const int64_t n_pages = (n / kPageTokens + 2) * static_cast<int64_t>(lengths.size()) + 2;
+    KvCache cache(*backend_, config, n_pages, n_pages);
     std::vector<SequenceCache> sequences(lengths.size());
 
     std::vector<int64_t> starts, done(lengths.size(), 0);
@@ -188,7 +189,7 @@ class Ops {
     config.intermediate_size = intermediate;
     config.n_experts = experts;
     config.experts_per_token = k;
-    backend_->reserve(config);
+    backend_->reserve(config, {kMaxRows, 1, 1});
   }
   Weight make_rows(WeightFormat format, const BorrowedTensor& rows) {
     rows.data<uint16_t>(DType::BF16, {kAny, kAny});

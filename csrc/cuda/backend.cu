@@ -1,13 +1,18 @@
 // The operations on a GPU: checks, work space, and which kernel. Everything goes onto one stream in order.
 //
 // The operations that feed a product (rmsnorm, attention) write their result rounded to bfloat16 besides, so that the product
-// that follows reads it; a product of other rows rounds them first. Work space is taken by reserve(); an operation outside a
-// model, or one that needs more (attention over many pages), takes more when it first needs it.
+// that follows reads it; a product of other rows rounds them first. Work space is taken by reserve(), and never in a step of a
+// model; an operation outside of one takes more when it first needs it.
+//
+// A batch of single tokens is filled up to one of a few sizes (bucket), and its step is replayed as a CUDA graph (graphs.h).
 #include "backend.h"
 
 #include <algorithm>
+#include <cstdlib>
 #include <memory>
 
+#include "cuda/failures.h"
+#include "cuda/graphs.h"
 #include "cuda/kernels.h"
 #include "cuda/memory.h"
 
@@ -16,14 +21,28 @@ namespace {
 
 constexpr int kOldestMajor = 8;  // bf16 mma, cp.async
 
+int64_t next_power_of_two(int64_t n) {
+  int64_t power = 1;
+  while (power < n) power *= 2;
+  return power;
+}
+
+// Rows that a batch of n single tokens is filled up to: 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, ...
+int64_t bucket(int64_t n) {
+  const int64_t size = next_power_of_two(n);
+  return size >= 32 && n <= size * 3 / 4 ? size * 3 / 4 : size;
+}
+
 class CudaBackend final : public Backend {
  public:
-  CudaBackend(int device, const BackendOptions& options) : device_(device), max_tokens_(options.max_batch_tokens) {
-    use();
+  CudaBackend(int device, const BackendOptions& options)
+      : device_(device), card_(device), max_tokens_(options.max_batch_tokens), max_rows_(max_tokens_) {
     CUDA_CHECK(cudaGetDeviceProperties(&properties_, device));
     stream_ = std::make_unique<Stream>();
     batch_copied_ = std::make_unique<Event>();
     stage_ = std::make_unique<Stage>();
+    const char* graphs = std::getenv("GPTOSS_CUDA_GRAPHS");
+    replays_ = !graphs || std::string(graphs) != "0";
   }
   ~CudaBackend() override {
     if (cudaSetDevice(device_) == cudaSuccess) cudaStreamSynchronize(*stream_);
@@ -56,22 +75,37 @@ class CudaBackend final : public Backend {
     use();
     size_t free = 0, total = 0;
     CUDA_CHECK(cudaMemGetInfo(&free, &total));
-    return free;
+    const size_t spare = std::min<size_t>(512 << 20, total / 16);  // for kernels, graphs, and others
+    return free > spare ? free - spare : 0;
   }
   void synchronize() override {
     use();
     stream_->wait();
   }
-  void reserve(const ModelConfig& config) override;
+  void reserve(const ModelConfig& config, const Limits& limits) override;
+  size_t workspace_bytes(const ModelConfig& config, const Limits& limits) override {
+    size_t bytes = 0;
+    for_each_buffer(config, limits, [&](Buffer&, int64_t n) { bytes += n; });
+    return bytes;
+  }
 
   // --- weights ----------------------------------------------------------------------------------------------------
+  size_t weight_bytes(WeightFormat format, int64_t experts, int64_t rows, int64_t cols) const override {
+    return format == WeightFormat::kTable ? rows * cols * 2
+                                          : arranged_bytes(format == WeightFormat::kMxfp4, experts, rows, cols);
+  }
   Weight make_weight(WeightFormat format, int64_t experts, int64_t rows, int64_t cols, bool gate_up) override;
   void load_rows(Weight& weight, int64_t first_row, const HostTensor& source) override;
   void load_mxfp4_blocks(Weight& weight, const HostTensor& blocks) override;
   void load_mxfp4_scales(Weight& weight, const HostTensor& scales) override;
+  void finish_loading() override {
+    synchronize();
+    stage_ = std::make_unique<Stage>();
+  }
 
   // --- one step ---------------------------------------------------------------------------------------------------
-  void begin(const Batch& batch) override;
+  void begin(const Batch& batch) override { stage_batch(batch, batch.n_tokens()); }
+  void run(const Batch& batch, bool reads_out, const std::function<void(int64_t rows)>& operations) override;
   void embed(Mat<float> x, const Weight& table) override {
     use();
     forget(x.data);
@@ -99,12 +133,19 @@ class CudaBackend final : public Backend {
   void moe_add(Mat<float> x, Mat<const float> t, const Routing& top, const ExpertWeights& experts) override;
 
  private:
-  void use() const { CUDA_CHECK(cudaSetDevice(device_)); }
+  void use() const {
+    card_.check();
+    int current = -1;
+    CUDA_CHECK(cudaGetDevice(&current));
+    if (current != device_) CUDA_CHECK(cudaSetDevice(device_));
+  }
 
-  // At least so many bytes. What was there may be in use until the stream has passed.
+  // At least so many bytes. What was there may be in use until the stream has passed, and graphs have its address.
   void ensure(Buffer& buffer, int64_t bytes) {
     if (static_cast<int64_t>(buffer.bytes()) >= bytes) return;
+    if (in_step_) FAIL("a step needs ", bytes, " bytes of work space where ", buffer.bytes(), " were reserved");
     stream_->wait();
+    graphs_.clear();
     buffer = Buffer();
     buffer = device_memory(bytes);
   }
@@ -133,11 +174,21 @@ class CudaBackend final : public Backend {
 
   void product(Mat<float> out, Mat<const float> t, const Weight& weight, const float* bias, Epilogue epilogue);
   int64_t pages_seen(int64_t window) const;
+  void stage_batch(const Batch& batch, int64_t rows);
+  // Calls take(buffer, bytes) for all work space.
+  template <class Take>
+  void for_each_buffer(const ModelConfig& config, const Limits& limits, const Take& take);
+  static int64_t batch_integers(const Limits& limits);
   template <class Arrange>
   void send_rows(const HostTensor& source, int64_t n, int64_t row_bytes, const Arrange& arrange);
 
   int device_;
+  CardUse card_;
   int64_t max_tokens_;
+  int64_t max_rows_;           // that a batch of single tokens is filled up to
+  int64_t context_pages_ = 0;  // 0: not known
+  bool replays_ = true;
+  bool in_step_ = false;  // of a model: everything has been reserved
   cudaDeviceProp properties_{};
   std::unique_ptr<Stream> stream_;
   std::unique_ptr<Stage> stage_;         // while loading
@@ -153,6 +204,7 @@ class CudaBackend final : public Backend {
   Buffer slots_, tiles_, n_tiles_;  // [n k]; [tiles]; [1]
   Buffer hidden_;                   // [n k, I] bfloat16
   Buffer outputs_;                  // [n k, H]
+  GraphCache graphs_;
 };
 
 // ------------------------------------------------------------------------------------------------------------ weights
@@ -161,8 +213,7 @@ Weight CudaBackend::make_weight(WeightFormat format, int64_t experts, int64_t ro
   Weight weight{format, experts, rows, cols, gate_up, {}};
   CHECK(cols % 32 == 0, "a weight of ", cols, " inputs: they must be a multiple of 32");
   CHECK(experts == 1 || rows % 16 == 0, "expert matrices of ", rows, " rows: they must be a multiple of 16");
-  weight.storage = allocate(
-      format == WeightFormat::kTable ? rows * cols * 2 : arranged_bytes(format == WeightFormat::kMxfp4, experts, rows, cols));
+  weight.storage = allocate(weight_bytes(format, experts, rows, cols));
   return weight;
 }
 
@@ -170,7 +221,6 @@ Weight CudaBackend::make_weight(WeightFormat format, int64_t experts, int64_t ro
 template <class Arrange>
 void CudaBackend::send_rows(const HostTensor& source, int64_t n, int64_t row_bytes, const Arrange& arrange) {
   use();
-  CHECK(stage_, source.name, ": weights are loaded before reserve");
   const int64_t step = std::max<int64_t>(16, static_cast<int64_t>(Stage::kBytes) / row_bytes / 16 * 16);
   for (int64_t row = 0; row < n; row += step) {
     const int64_t now = std::min(step, n - row);
@@ -210,43 +260,67 @@ void CudaBackend::load_mxfp4_scales(Weight& weight, const HostTensor& scales) {
   });
 }
 
-void CudaBackend::reserve(const ModelConfig& config) {
+template <class Take>
+void CudaBackend::for_each_buffer(const ModelConfig& config, const Limits& limits, const Take& take) {
+  const int64_t n = limits.batch_tokens, slots = n * config.experts_per_token;
+  take(integers_, batch_integers(limits) * 4);
+  take(rounded_, n * round_up(std::max(config.hidden_size, config.q_size()), 64) * 2);
+  take(slots_, slots * 4);
+  take(tiles_, (slots / 8 + std::min(slots, config.n_experts) + 1) * static_cast<int64_t>(sizeof(TokenTile)));
+  take(n_tiles_, 4);
+  take(hidden_, slots * round_up(config.intermediate_size, 64) * 2);
+  take(outputs_, slots * config.hidden_size * 4);
+  int64_t partial = 0;
+  AttentionArgs args;
+  args.heads = config.n_heads;
+  args.kv_heads = config.n_kv_heads;
+  for (args.n = 1; args.n <= n && args.heads > 0; ++args.n)
+    for (int64_t pages = 1; pages < 2 * ceil_div(limits.context, kPageTokens); pages *= 2) {
+      args.max_pages = std::min(pages, ceil_div(limits.context, kPageTokens));
+      partial = std::max(partial, attention_partial_bytes(args));
+    }
+  take(partial_, partial);
+}
+
+void CudaBackend::reserve(const ModelConfig& config, const Limits& limits) {
   use();
-  const int64_t n = max_tokens_, slots = n * config.experts_per_token;
-  rounded(n, std::max(config.hidden_size, config.q_size()));
-  ensure(slots_, slots * 4);
-  ensure(tiles_, (slots / 8 + std::min(slots, config.n_experts) + 1) * static_cast<int64_t>(sizeof(TokenTile)));
-  ensure(n_tiles_, 4);
-  ensure(hidden_, slots * round_up(config.intermediate_size, 64) * 2);
+  max_rows_ = std::min(limits.batch_tokens, limits.sequences);
+  context_pages_ = ceil_div(limits.context, kPageTokens);
+  for_each_buffer(config, limits, [this](Buffer& buffer, int64_t bytes) { ensure(buffer, bytes); });
+  pinned_ = pinned_memory(integers_.bytes());
   CUDA_CHECK(cudaMemsetAsync(hidden_.data(), 0, hidden_.bytes(), *stream_));  // columns past the end stay 0
-  ensure(outputs_, slots * config.hidden_size * 4);
 }
 
 // ------------------------------------------------------------------------------------------------------------ a step
 
-void CudaBackend::begin(const Batch& batch) {
+// The most that stage_batch writes.
+int64_t CudaBackend::batch_integers(const Limits& limits) {
+  const int64_t pages = ceil_div(limits.context, kPageTokens);
+  return 2 + 3 * limits.batch_tokens + 2 * limits.sequences + 2 * limits.sequences * pages;
+}
+
+// The batch's integers in one buffer and one copy, each at a place that depends on `rows` alone where the batch is one of
+// single tokens. Rows past the batch's own are token 0 at position 0 of sequences whose one page is the scratch page.
+void CudaBackend::stage_batch(const Batch& batch, int64_t rows) {
   use();
   rounded_of_ = nullptr;
-  const int64_t n = batch.n_tokens(), sequences = static_cast<int64_t>(batch.sequences.size());
-  CHECK(n <= max_tokens_, "a step takes at most ", max_tokens_, " tokens, not ", n);
-  int64_t count = 3 * n + 2 * sequences;
+  const int64_t n = batch.n_tokens(), padding = rows - n, sequences = static_cast<int64_t>(batch.sequences.size()) + padding;
+  CHECK(rows <= max_tokens_, "a step takes at most ", max_tokens_, " tokens, not ", n);
+  int64_t count = 2 + 3 * rows + 2 * sequences;
   for (const BatchSequence& s : batch.sequences)
     count += static_cast<int64_t>(s.full_pages->pages.size() + s.window_pages->pages.size());
   batch_copied_->wait();
-  if (static_cast<int64_t>(pinned_.bytes()) < count * 4) pinned_ = pinned_memory(2 * count * 4);
-  ensure(integers_, static_cast<int64_t>(pinned_.bytes()));
+  ensure(integers_, count * 4);
+  if (pinned_.bytes() < integers_.bytes()) pinned_ = pinned_memory(integers_.bytes());
 
   int32_t* next = pinned_.as<int32_t>();
-  const auto put = [&](const std::vector<int32_t>& values) {
-    std::copy(values.begin(), values.end(), next);
+  const auto put = [&](const std::vector<int32_t>& values, int64_t zeros = 0) {
     const int32_t* place = integers_.as<int32_t>() + (next - pinned_.as<int32_t>());
-    next += values.size();
+    next = std::fill_n(std::copy(values.begin(), values.end(), next), zeros, 0);
     return place;
   };
-  batch_.tokens = put(batch.tokens);
-  batch_.positions = put(batch.positions);
-  batch_.sequence_of = put(batch.sequence_of);
-  std::vector<int32_t> full_base, window_base, pages;
+  std::vector<int32_t> sequence_of = batch.sequence_of, full_base, window_base, pages = {kScratchPage};
+  for (int64_t row = n; row < rows; ++row) sequence_of.push_back(static_cast<int32_t>(row));
   longest_ = most_new_ = 0;
   const auto add = [&](std::vector<int32_t>& base, const PageList& list) {
     base.push_back(static_cast<int32_t>(static_cast<int64_t>(pages.size()) - list.first_page));
@@ -258,11 +332,33 @@ void CudaBackend::begin(const Batch& batch) {
     longest_ = std::max(longest_, s.position + s.n_rows);
     most_new_ = std::max(most_new_, s.n_rows);
   }
-  batch_.full_base = put(full_base);
-  batch_.window_base = put(window_base);
+  batch_.n_rows = put({static_cast<int32_t>(n)});
+  batch_.tokens = put(batch.tokens, padding);
+  batch_.positions = put(batch.positions, padding);
+  batch_.sequence_of = put(sequence_of);
+  batch_.full_base = put(full_base, padding);
+  batch_.window_base = put(window_base, padding);
   batch_.pages = put(pages);
   CUDA_CHECK(cudaMemcpyAsync(integers_.data(), pinned_.data(), count * 4, cudaMemcpyHostToDevice, *stream_));
   batch_copied_->record(*stream_);
+}
+
+void CudaBackend::run(const Batch& batch, bool reads_out, const std::function<void(int64_t rows)>& operations) {
+  const bool single = batch.is_decode();
+  const int64_t rows = single ? std::min(bucket(batch.n_tokens()), max_rows_) : batch.n_tokens();
+  in_step_ = true;
+  try {
+    stage_batch(batch, rows);
+    if (single && replays_)
+      graphs_.run({rows, pages_seen(0), reads_out}, *stream_, [&] { operations(rows); });
+    else
+      operations(rows);
+  } catch (...) {
+    in_step_ = false;
+    throw;
+  }
+  in_step_ = false;
+  rounded_of_ = nullptr;  // a replay leaves no note of what was rounded
 }
 
 void CudaBackend::rmsnorm(Mat<float> t, Mat<const float> x, const float* weight, float eps, const int32_t* rows) {
@@ -293,10 +389,12 @@ void CudaBackend::product(Mat<float> out, Mat<const float> t, const Weight& weig
   forget(out.data);
 }
 
-// Pages that one row of the batch can see, at most.
+// Pages that one row of the batch can see, at most: of a window, a constant; of all, rounded up to a power of two, so that
+// few launches differ.
 int64_t CudaBackend::pages_seen(int64_t window) const {
-  const int64_t all = ceil_div(longest_, kPageTokens);
-  return window ? std::min(all, ceil_div(window - 1, kPageTokens) + 1) : all;
+  const int64_t now = ceil_div(longest_, kPageTokens);
+  const int64_t all = window ? ceil_div(window - 1, kPageTokens) + 1 : next_power_of_two(now);
+  return std::min(all, std::max(now, context_pages_));
 }
 
 void CudaBackend::attention(Mat<float> out, Mat<const float> q, const KvLayer& cache, const float* sinks, int64_t kv_heads) {
@@ -369,6 +467,28 @@ int device_index(const std::string& device) {
   return std::stoi(digits);
 }
 
+// Throws unless the card is there and this build has kernels for it.
+void check_device(const std::string& name, int device) {
+  int n = 0;
+  if (const cudaError_t status = cudaGetDeviceCount(&n); status != cudaSuccess || n == 0) {
+    cudaGetLastError();
+    FAIL("device \"", name, "\" was asked for, but this machine has no usable GPU (",
+         status == cudaSuccess ? "none found" : cudaGetErrorString(status), "); use device=\"cpu\"");
+  }
+  CHECK(device < n, "device \"", name, "\" was asked for, but this machine has ", n, n == 1 ? " GPU" : " GPUs");
+  cudaDeviceProp properties{};
+  CUDA_CHECK(cudaGetDeviceProperties(&properties, device));
+  const int major = properties.major, minor = properties.minor;
+  const auto refuse = [&](const std::string& why) {
+    FAIL("device \"", name, "\" is a ", properties.name, " of compute capability ", major, ".", minor, ", but ", why,
+         "; use device=\"cpu\"");
+  };
+  if (major < kOldestMajor) refuse(join("gptoss needs ", kOldestMajor, ".0 or newer"));
+  const std::vector<int> built = {__CUDA_ARCH_LIST__};  // 800, 900, ...: binaries run on cards of the same major number
+  if (std::none_of(built.begin(), built.end(), [&](int arch) { return arch / 100 == major && arch % 100 / 10 <= minor; }))
+    refuse(join("this build has kernels for ", built, " only (times 100)"));
+}
+
 }  // namespace
 }  // namespace gptoss::cuda
 
@@ -376,32 +496,18 @@ namespace gptoss {
 
 std::unique_ptr<Backend> make_cuda_backend(const BackendOptions& options) {
   const int device = cuda::device_index(options.device);
-  int n = 0;
-  if (const cudaError_t status = cudaGetDeviceCount(&n); status != cudaSuccess || n == 0) {
-    cudaGetLastError();
-    FAIL("device \"", options.device, "\" was asked for, but this machine has no usable GPU (",
-         status == cudaSuccess ? "none found" : cudaGetErrorString(status), "); use device=\"cpu\"");
-  }
-  CHECK(device < n, "device \"", options.device, "\" was asked for, but this machine has ", n, n == 1 ? " GPU" : " GPUs");
-  cudaDeviceProp properties{};
-  CUDA_CHECK(cudaGetDeviceProperties(&properties, device));
-  if (properties.major < cuda::kOldestMajor)
-    FAIL("device \"", options.device, "\" is a ", properties.name, " of compute capability ", properties.major, ".",
-         properties.minor, ", but gptoss needs ", cuda::kOldestMajor, ".0 or newer; use device=\"cpu\"");
+  cuda::CardUse::revive(device);
+  cuda::check_device(options.device, device);
   return std::make_unique<cuda::CudaBackend>(device, options);
 }
 
 bool cuda_available() {
-  int n = 0;
-  if (cudaGetDeviceCount(&n) != cudaSuccess) {
-    cudaGetLastError();
+  try {
+    cuda::check_device("cuda", 0);
+    return true;
+  } catch (const std::exception&) {
     return false;
   }
-  for (int device = 0; device < n; ++device) {
-    cudaDeviceProp properties{};
-    if (cudaGetDeviceProperties(&properties, device) == cudaSuccess && properties.major >= cuda::kOldestMajor) return true;
-  }
-  return false;
 }
 
 }  // namespace gptoss

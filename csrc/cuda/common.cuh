@@ -8,7 +8,7 @@
 // block's two takes 8c + 4j .. +3. A sum does not mind in which order both operands list its terms.
 #pragma once
 #ifdef GPTOSS_CUDA_EMULATE
-#include "cuda/emulator/emulator.h"
+#include "cuda/emulator/runtime.h"
 #else
 #include <cuda_runtime.h>
 #endif
@@ -19,10 +19,13 @@
 
 namespace gptoss::cuda {
 
-#define CUDA_CHECK(call)                                                                           \
-  do {                                                                                             \
-    const cudaError_t status_ = (call);                                                            \
-    if (status_ != cudaSuccess) FAIL("CUDA: ", #call, " failed: ", ::cudaGetErrorString(status_)); \
+// Throws with the call's name and the error; notes it where the card is unusable from now on (failures.cu).
+[[noreturn]] void call_failed(const char* call, cudaError_t status);
+
+#define CUDA_CHECK(call)                                                     \
+  do {                                                                       \
+    const cudaError_t status_ = (call);                                      \
+    if (status_ != cudaSuccess) ::gptoss::cuda::call_failed(#call, status_); \
   } while (0)
 
 inline constexpr int kWarp = 32;
@@ -57,7 +60,7 @@ template <class... Parameters, class... Arguments>
 void launch(const Launch& l, void (*kernel)(Parameters...), Arguments... arguments) {
   if (l.grid.x == 0 || l.grid.y == 0 || l.grid.z == 0) return;
 #ifdef GPTOSS_CUDA_EMULATE
-  emulator::launch(l.grid, l.block, l.shared_bytes, [&] { kernel(arguments...); });
+  const cudaError_t status = emulator::launch_on(l.stream, l.grid, l.block, l.shared_bytes, [=] { kernel(arguments...); });
 #else
   if (l.shared_bytes > 48 << 10)
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(l.shared_bytes)));
@@ -71,8 +74,9 @@ void launch(const Launch& l, void (*kernel)(Parameters...), Arguments... argumen
   overlap.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &overlap;
   config.numAttrs = overlaps_launches() ? 1 : 0;
-  CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
+  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 #endif
+  if (status != cudaSuccess) call_failed("cudaLaunchKernelEx", status);
 }
 
 // Until all kernels before this one have ended and what they wrote can be read. What no kernel writes during a step (weights,

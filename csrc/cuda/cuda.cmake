@@ -1,10 +1,11 @@
 # How the CUDA backend is built.
-#   GPTOSS_CUDA=AUTO     for the cards that are there, where both a card and a compiler are found; else as OFF
+#   GPTOSS_CUDA=AUTO     the default: for the cards that are there, where both a card and a compiler are found; else as OFF,
+#                        saying why
 #   GPTOSS_CUDA=ON       for GPTOSS_CUDA_ARCHITECTURES
-#   GPTOSS_CUDA=OFF      a stub that says so when it is asked for; the default until the backend has run on a card
+#   GPTOSS_CUDA=OFF      a stub that says so when it is asked for
 #   GPTOSS_CUDA=EMULATE  the same sources with the C++ compiler, run by csrc/cuda/emulator
 # ON and AUTO with a card need CMake 3.25 and the CUDA toolkit 12.4, or newer; the rest is content with what the CPU needs.
-set(GPTOSS_CUDA OFF CACHE STRING "CUDA backend: AUTO, ON, OFF or EMULATE")
+set(GPTOSS_CUDA AUTO CACHE STRING "CUDA backend: AUTO, ON, OFF or EMULATE")
 set(GPTOSS_CUDA_ARCHITECTURES "80-real;90a-real;120" CACHE STRING "CUDA architectures of GPTOSS_CUDA=ON")
 set_property(CACHE GPTOSS_CUDA PROPERTY STRINGS AUTO ON OFF EMULATE)
 
@@ -61,7 +62,7 @@ else()
   set(gptoss_architectures ${GPTOSS_CUDA_ARCHITECTURES})
 endif()
 
-set(gptoss_cuda_kernels csrc/cuda/attention.cu csrc/cuda/backend.cu csrc/cuda/matmul.cu csrc/cuda/moe.cu csrc/cuda/pointwise.cu
+set(gptoss_cuda_kernels csrc/cuda/attention.cu csrc/cuda/backend.cu csrc/cuda/failures.cu csrc/cuda/matmul.cu csrc/cuda/moe.cu csrc/cuda/pointwise.cu
   csrc/cuda/weights.cu)
 if(gptoss_cuda STREQUAL "ON")
   if(CMAKE_VERSION VERSION_LESS 3.25)
@@ -79,7 +80,7 @@ if(gptoss_cuda STREQUAL "ON")
 elseif(gptoss_cuda STREQUAL "EMULATE")
   message(STATUS "CUDA backend: emulated on the CPU")
   set(GPTOSS_CUDA_KIND "emulator")
-  set(GPTOSS_CUDA_SOURCES $<TARGET_OBJECTS:gptoss_cuda> csrc/cuda/emulator/emulator.cpp)
+  set(GPTOSS_CUDA_SOURCES $<TARGET_OBJECTS:gptoss_cuda> csrc/cuda/emulator/emulator.cpp csrc/cuda/emulator/runtime.cpp)
 elseif(gptoss_cuda STREQUAL "OFF")
   message(STATUS "CUDA backend: none${gptoss_why}")
   set(GPTOSS_CUDA_KIND "none")

@@ -21,6 +21,7 @@ struct DeviceBatch {
   const int32_t* full_base = nullptr;    // [sequences]
   const int32_t* window_base = nullptr;  // [sequences]
   const int32_t* pages = nullptr;
+  const int32_t* n_rows = nullptr;  // [1] rows that are real; those after them fill up a batch, see Backend::run
 };
 
 // --- pointwise.cu ---------------------------------------------------------------------------------------------------

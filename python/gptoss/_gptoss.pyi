@@ -100,6 +100,7 @@ class Core:
     device: Final[str]
     max_context: Final[int]
     max_batch_tokens: Final[int]
+    max_sequences: Final[int]
 
     def __init__(
         self,
@@ -108,8 +109,13 @@ class Core:
         threads: int = 0,
         max_context: int = 0,
         max_batch_tokens: int = 512,
+        max_sequences: int = 0,
+        invariant: bool = False,
     ) -> None:
-        """0 means the default. Weights come by `load_tensor`, then `finish_loading`."""
+        """0 means the default. Takes all memory; RuntimeError with the numbers if it is too little.
+
+        Weights come by `load_tensor`, then `finish_loading`.
+        """
 
     def load_tensor(self, name: str, tensor: DLPackTensor) -> None:
         """Copy in one tensor, named as in either layout. ValueError: wrong name, shape or dtype."""
@@ -131,7 +137,8 @@ class Core:
             items: (sequence, tokens appended to it, want, sampler). want is 0 for nothing, 1 for
                 the logits of the last token, 2 for those of all. A sampler (want 1) draws the next
                 token from them; it is recorded in the sampler and not appended to the sequence. No
-                sequence may come twice, and all tokens together are at most `max_batch_tokens`.
+                sequence may come twice; they are at most `max_sequences`, and all tokens together
+                at most `max_batch_tokens`.
             logits: float32 [wanted rows, vocab_size], filled in the order of the items.
 
         Returns:
