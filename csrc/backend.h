@@ -2,17 +2,19 @@
 //
 // The model (model.cpp) is written once against this interface. Choosing a kernel for one token or a thousand, grouping
 // tokens by expert and rounding operands happen below it. Operations run in order on the backend's one stream; none
-// allocates or waits for the host. Outputs come first, then inputs. Activations are float32; an operation that multiplies
-// matrices rounds its activations to bfloat16 itself and sums in float32.
+// allocates, and none but sample waits for the host. Outputs come first, then inputs. Activations are float32; an operation
+// that multiplies matrices rounds its activations to bfloat16 itself and sums in float32.
 //
 // The result of a row depends on its own sequence alone, bit for bit: not on other rows, not on how a prompt was cut into
 // steps, not on the number of threads.
 #pragma once
 #include <memory>
 #include <string>
+#include <vector>
 
 #include "batch.h"
 #include "config.h"
+#include "sampling.h"
 #include "tensor.h"
 
 namespace gptoss {
@@ -41,6 +43,13 @@ struct ExpertWeights {
 struct Routing {
   Mat<int32_t> experts;  // [n, k] ids, best first
   Mat<float> weights;    // [n, k] softmax over the k
+};
+
+// A row of logits that a token is wanted of.
+struct SampleRow {
+  int64_t row = 0;
+  const Sampler* sampler = nullptr;
+  int64_t position = 0;  // of the token in its sequence
 };
 
 struct BackendOptions {
@@ -105,6 +114,19 @@ class Backend {
 
   // x += sum over the chosen experts of weight * down(swiglu(gate_up(t)))                        x, t: [n, H]
   virtual void moe_add(Mat<float> x, Mat<const float> t, const Routing& top, const ExpertWeights& experts) = 0;
+
+  // A token of each of these rows, no row twice; waits for them. Throws what Sampler::sample does.      logits: [n, V],
+  // unchanged
+  virtual std::vector<Sample> sample(Mat<float> logits, const std::vector<SampleRow>& rows) {
+    std::vector<Sample> samples;
+    std::vector<float> host(logits.cols);
+    synchronize();
+    for (const SampleRow& row : rows) {
+      copy_out(host.data(), logits.row(row.row), host.size() * sizeof(float));
+      samples.push_back(row.sampler->sample(host.data(), row.position));
+    }
+    return samples;
+  }
 
   // Waits until everything asked for is done and results may be read.
   virtual void synchronize() = 0;

@@ -71,7 +71,6 @@ std::vector<std::optional<Sample>> Model::read_out(const std::vector<StepItem>& 
 
   const int64_t H = config_.hidden_size, V = config_.vocab_size;
   std::vector<std::optional<Sample>> samples(items.size());
-  std::vector<float> host;
   for (size_t begin = 0; begin < wanted.size(); begin += kLogitRows) {
     const int64_t n = std::min<int64_t>(kLogitRows, wanted.size() - begin);
     std::vector<int32_t> rows(n);
@@ -80,17 +79,19 @@ std::vector<std::optional<Sample>> Model::read_out(const std::vector<StepItem>& 
     backend_->rmsnorm(t, x_.mat<const float>(first, H), weights_.norm.as<float>(), static_cast<float>(config_.rms_norm_eps),
                       rows.data());
     backend_->linear(out, {t.data, n, H}, weights_.unembedding, nullptr);
-    backend_->synchronize();
-    if (logits) backend_->copy_out(logits + begin * V, out.data, n * V * sizeof(float));
+    if (logits) {
+      backend_->synchronize();
+      backend_->copy_out(logits + begin * V, out.data, n * V * sizeof(float));
+    }
+    std::vector<SampleRow> sampled;
     for (int64_t i = 0; i < n; ++i) {
       const Row& row = wanted[begin + i];
-      if (!row.sampled) continue;
-      host.resize(V);
-      backend_->copy_out(host.data(), out.row(i), V * sizeof(float));
       const StepItem& item = items[row.item];
-      const int64_t position = item.sequence->length() + static_cast<int64_t>(item.tokens.size());
-      samples[row.item] = item.sampler->sample(host.data(), position);
+      if (row.sampled) sampled.push_back({i, item.sampler, item.sequence->length() + std::ssize(item.tokens)});
     }
+    if (sampled.empty()) continue;
+    size_t next = 0;
+    for (Sample& sample : backend_->sample(out, sampled)) samples[wanted[begin + sampled[next++].row].item] = std::move(sample);
   }
   return samples;
 }
