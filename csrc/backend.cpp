@@ -3,7 +3,7 @@
 
 namespace gptoss {
 
-std::vector<Sample> Backend::sample(Mat<const float> logits, const std::vector<SampleRequest>& requests) {
+std::vector<Sample> Backend::sample(Mat<float> logits, const std::vector<SampleRequest>& requests) {
   std::vector<Sample> samples;
   std::vector<float> row(logits.cols);
   for (const SampleRequest& request : requests) {

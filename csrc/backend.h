@@ -140,8 +140,9 @@ class Backend {
   // x += sum over the chosen experts of weight * down(swiglu(gate_up(t)))                        x, t: [n, H]
   virtual void moe_add(Mat<float> x, Mat<const float> t, const Routing& top, const ExpertWeights& experts) = 0;
 
-  // Draws from rows of logits and waits for the tokens.                                       logits: [n, V]
-  virtual std::vector<Sample> sample(Mat<const float> logits, const std::vector<SampleRequest>& requests);
+  // A token of each of these rows, no row twice; waits for them. Throws what Sampler::sample does. The logits are [n, V] and as
+  // before when it returns.
+  virtual std::vector<Sample> sample(Mat<float> logits, const std::vector<SampleRequest>& requests);
 
   // Waits until everything asked for is done and results may be read.
   virtual void synchronize() = 0;

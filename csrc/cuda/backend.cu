@@ -8,6 +8,7 @@
 #include "backend.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstdlib>
 #include <memory>
 
@@ -131,6 +132,7 @@ class CudaBackend final : public Backend {
                 top.experts.cols, *stream_);
   }
   void moe_add(Mat<float> x, Mat<const float> t, const Routing& top, const ExpertWeights& experts) override;
+  std::vector<Sample> sample(Mat<float> logits, const std::vector<SampleRequest>& rows) override;
 
  private:
   void use() const {
@@ -204,6 +206,9 @@ class CudaBackend final : public Backend {
   Buffer slots_, tiles_, n_tiles_;  // [n k]; [tiles]; [1]
   Buffer hidden_;                   // [n k, I] bfloat16
   Buffer outputs_;                  // [n k, H]
+  Buffer sample_pinned_, sample_staged_;  // number of rows, parameters, adjustments
+  Buffer sample_results_, sample_results_host_;
+  Buffer sample_work_;
   GraphCache graphs_;
 };
 
@@ -457,6 +462,44 @@ void CudaBackend::moe_add(Mat<float> x, Mat<const float> t, const Routing& top, 
   matmul(args, true, Epilogue::kStore, tile, *stream_);
   combine(x.data, outputs_.as<float>(), top.weights.data, t.rows, k, x.cols, *stream_);
   forget(x.data);
+}
+
+std::vector<Sample> CudaBackend::sample(Mat<float> logits, const std::vector<SampleRequest>& rows) {
+  use();
+  const int64_t n = std::bit_ceil(rows.size());  // a launch serves all numbers of rows up to a power of two
+  std::vector<StagedAdjustment> adjustments;
+  std::vector<SampleParams> params(n);
+  for (size_t i = 0; i < rows.size(); ++i)
+    params[i] = stage_sample(adjustments, *rows[i].sampler, rows[i].row, rows[i].position);
+  const int64_t at_params = 16, at_adjustments = at_params + n * static_cast<int64_t>(sizeof(SampleParams));
+  const int64_t bytes = at_adjustments + std::ssize(adjustments) * static_cast<int64_t>(sizeof(StagedAdjustment));
+  const int64_t result_bytes = n * static_cast<int64_t>(sizeof(SampleResult));
+  if (static_cast<int64_t>(sample_pinned_.bytes()) < bytes) sample_pinned_ = pinned_memory(2 * bytes);
+  if (static_cast<int64_t>(sample_results_host_.bytes()) < result_bytes) sample_results_host_ = pinned_memory(result_bytes);
+  ensure(sample_staged_, static_cast<int64_t>(sample_pinned_.bytes()));
+  ensure(sample_results_, result_bytes);
+  ensure(sample_work_, sample_workspace_bytes(n, logits.cols));
+
+  uint8_t *host = sample_pinned_.as<uint8_t>(), *device = sample_staged_.as<uint8_t>();
+  *reinterpret_cast<int32_t*>(host) = static_cast<int32_t>(rows.size());
+  std::copy(params.begin(), params.end(), reinterpret_cast<SampleParams*>(host + at_params));
+  std::copy(adjustments.begin(), adjustments.end(), reinterpret_cast<StagedAdjustment*>(host + at_adjustments));
+  CUDA_CHECK(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, *stream_));
+  cuda::sample(sample_results_.as<SampleResult>(), logits.data, reinterpret_cast<SampleParams*>(device + at_params),
+               reinterpret_cast<StagedAdjustment*>(device + at_adjustments), sample_work_.data(),
+               reinterpret_cast<int32_t*>(device), n, logits.cols, *stream_);
+  CUDA_CHECK(
+      cudaMemcpyAsync(sample_results_host_.data(), sample_results_.data(), result_bytes, cudaMemcpyDeviceToHost, *stream_));
+  stream_->wait();
+
+  std::vector<Sample> samples;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    if (rows[i].sampler->options().logprobs > kTopLogprobs)
+      samples.push_back(Backend::sample(logits, {rows[i]}).front());
+    else
+      samples.push_back(finish_sample(sample_results_host_.as<SampleResult>()[i], *rows[i].sampler));
+  }
+  return samples;
 }
 
 int device_index(const std::string& device) {
