@@ -88,7 +88,7 @@ std::vector<std::optional<Sample>> Model::read_out(const std::vector<StepItem>& 
       sampled.push_back(item_of[i]);
     }
     if (requests.empty()) continue;
-    std::vector<Sample> drawn = backend_->sample({rows.data, rows.rows, V}, requests);
+    std::vector<Sample> drawn = backend_->sample(rows, requests);
     for (size_t i = 0; i < drawn.size(); ++i) samples[sampled[i]] = std::move(drawn[i]);
   }
   return samples;
