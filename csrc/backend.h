@@ -9,6 +9,7 @@
 // The result of a row depends on its own sequence alone, bit for bit: not on other rows, not on how a prompt was cut into
 // steps, not on the number of threads.
 #pragma once
+#include <algorithm>
 #include <functional>
 #include <memory>
 #include <string>
@@ -59,6 +60,10 @@ struct Limits {
   int64_t batch_tokens = 0;  // rows of a step
   int64_t sequences = 0;     // of a step, and with pages in the cache
   int64_t context = 0;       // tokens of a sequence
+
+  // Rows of logits that are there at once: of a batch of single tokens all, of a prompt so many.
+  static constexpr int64_t kPromptLogitRows = 64;  // 51 MB for the real vocabulary
+  int64_t logit_rows() const { return std::max(kPromptLogitRows, std::min(batch_tokens, sequences)); }
 };
 
 struct BackendOptions {
@@ -105,9 +110,8 @@ class Backend {
   // Begins the batch and does operations(rows), which must work on as many rows: those of the batch, or more where a backend
   // fills a batch of single tokens up to a size that it has launches for (rows that pad are nobody's; their results mean
   // nothing). For such a batch it may also record what the operations launch and replay that for the next of the same kind;
-  // `reads_out` tells apart operations that end with logits.
-  virtual void run(const Batch& batch, bool reads_out, const std::function<void(int64_t rows)>& operations) {
-    (void)reads_out;
+  // `end` tells apart operations that end differently.
+  virtual void run(const Batch& batch, StepEnd, const std::function<void(int64_t rows)>& operations) {
     begin(batch);
     operations(batch.n_tokens());
   }
@@ -140,15 +144,20 @@ class Backend {
   // x += sum over the chosen experts of weight * down(swiglu(gate_up(t)))                        x, t: [n, H]
   virtual void moe_add(Mat<float> x, Mat<const float> t, const Routing& top, const ExpertWeights& experts) = 0;
 
-  // A token of each of these rows, no row twice; waits for them. Throws what Sampler::sample does. The logits are [n, V] and as
-  // before when it returns.
-  virtual std::vector<Sample> sample(Mat<float> logits, const std::vector<SampleRequest>& requests);
+  // Sampling, in three parts, so that the middle one can be recorded: which rows tokens are wanted of (no row twice); the draw;
+  // and the tokens, which are waited for. take_samples throws what Sampler::sample does.      logits: [n, V], left unchanged
+  virtual void ask_samples(const std::vector<SampleRequest>& requests) { asked_ = requests; }
+  virtual void draw_samples(Mat<float>) {}
+  virtual std::vector<Sample> take_samples(Mat<const float> logits);
 
   // Waits until everything asked for is done and results may be read.
   virtual void synchronize() = 0;
 
   // Bytes of a page in one of the two arrays of a KvLayer.
   int64_t page_bytes(int64_t kv_heads) const { return kv_heads * kPageTokens * kHeadDim * 2; }
+
+ protected:
+  std::vector<SampleRequest> asked_;
 };
 
 std::unique_ptr<Backend> make_cpu_backend(const BackendOptions& options);

@@ -39,4 +39,6 @@ struct Batch {
   bool is_decode() const { return !sequences.empty() && sequences.size() == tokens.size(); }
 };
 
+enum class StepEnd { kLayers, kLogits, kSamples };  // the last that a step's operations give
+
 }  // namespace gptoss

@@ -11,8 +11,6 @@
 namespace gptoss {
 namespace {
 
-constexpr int64_t kLogitRows = 64;  // of a prompt, computed at a time: 51 MB of logits for the real vocabulary
-
 std::unique_ptr<Backend> make_backend(const BackendOptions& options) {
   if (options.device == "cpu") return make_cpu_backend(options);
   CHECK(options.device.rfind("cuda", 0) == 0, "device must be \"cpu\", \"cuda\" or \"cuda:N\", not \"", options.device, "\"");
@@ -58,40 +56,76 @@ void Model::unembed(int64_t n, const int32_t* rows) {
   backend_->linear(logits_.mat<float>(n, config_.vocab_size), {t.data, n, t.cols}, weights_.unembedding, nullptr);
 }
 
-std::vector<std::optional<Sample>> Model::read_out(const std::vector<StepItem>& items, bool whole_batch, float* logits) {
-  std::vector<int32_t> wanted;  // rows
-  std::vector<int64_t> item_of;
-  int32_t first = 0;
+namespace {
+
+// The samples wanted of some rows of logits, and whose they are.
+struct Wanted {
+  std::vector<SampleRequest> requests;
+  std::vector<size_t> items;
+
+  void add(const std::vector<StepItem>& all, size_t item, int64_t row) {
+    const StepItem& it = all[item];
+    if (!it.sampler) return;
+    requests.push_back({row, it.sampler, it.sequence->length() + static_cast<int64_t>(it.tokens.size())});
+    items.push_back(item);
+  }
+};
+
+}  // namespace
+
+// One token of each sequence, all followed by logits: the step of a generation, which a backend may replay as a whole.
+std::vector<std::optional<Sample>> Model::decode(const Batch& batch, const std::vector<StepItem>& items, float* logits,
+                                                 const std::function<void()>& poll) {
+  Wanted wanted;
+  for (size_t i = 0; i < items.size(); ++i) wanted.add(items, i, static_cast<int64_t>(i));
+  const bool samples = !wanted.requests.empty();
+  if (samples) backend_->ask_samples(wanted.requests);
+  backend_->run(batch, samples ? StepEnd::kSamples : StepEnd::kLogits, [&](int64_t n) {
+    forward(n, poll);
+    unembed(n, nullptr);
+    if (samples) backend_->draw_samples(logits_.mat<float>(n, config_.vocab_size));
+  });
+  const auto rows = logits_.mat<float>(batch.n_tokens(), config_.vocab_size);
+  if (logits) backend_->copy_out(logits, rows.data, rows.size() * sizeof(float));
+  std::vector<std::optional<Sample>> result(items.size());
+  if (!samples) return result;
+  std::vector<Sample> drawn = backend_->take_samples({rows.data, rows.rows, rows.cols});
+  for (size_t i = 0; i < drawn.size(); ++i) result[wanted.items[i]] = std::move(drawn[i]);
+  return result;
+}
+
+// Any other step; logits are computed for some rows at a time.
+std::vector<std::optional<Sample>> Model::prefill(const Batch& batch, const std::vector<StepItem>& items, float* logits,
+                                                  const std::function<void()>& poll) {
+  backend_->run(batch, StepEnd::kLayers, [&](int64_t n) { forward(n, poll); });
+  std::vector<int32_t> rows;
+  std::vector<size_t> item_of;
   for (size_t i = 0; i < items.size(); ++i) {
-    const int32_t n = static_cast<int32_t>(items[i].tokens.size());
-    const int32_t skip = items[i].want == Want::kNothing ? n : items[i].want == Want::kLast ? n - 1 : 0;
-    for (int32_t r = skip; r < n; ++r) {
-      wanted.push_back(first + r);
-      item_of.push_back(static_cast<int64_t>(i));
+    const BatchSequence& sequence = batch.sequences[i];
+    const int64_t end = sequence.first_row + sequence.n_rows;
+    for (int64_t row = items[i].want == Want::kAll ? sequence.first_row : end - (items[i].want == Want::kLast); row < end;
+         ++row) {
+      rows.push_back(static_cast<int32_t>(row));
+      item_of.push_back(i);
     }
-    first += n;
   }
 
-  const int64_t V = config_.vocab_size, at_a_time = whole_batch ? static_cast<int64_t>(items.size()) : kLogitRows;
-  std::vector<std::optional<Sample>> samples(items.size());
-  for (int64_t begin = 0, end; begin < static_cast<int64_t>(wanted.size()); begin = end) {
-    end = std::min<int64_t>(begin + at_a_time, wanted.size());
-    const auto rows = logits_.mat<float>(end - begin, V);
-    if (!whole_batch) unembed(end - begin, wanted.data() + begin);
-    if (logits) backend_->copy_out(logits + begin * V, rows.data, rows.size() * sizeof(float));
-    std::vector<SampleRequest> requests;
-    std::vector<int64_t> sampled;
-    for (int64_t i = begin; i < end; ++i) {
-      const StepItem& item = items[item_of[i]];
-      if (!item.sampler) continue;
-      requests.push_back({i - begin, item.sampler, item.sequence->length() + static_cast<int64_t>(item.tokens.size())});
-      sampled.push_back(item_of[i]);
-    }
-    if (requests.empty()) continue;
-    std::vector<Sample> drawn = backend_->sample(rows, requests);
-    for (size_t i = 0; i < drawn.size(); ++i) samples[sampled[i]] = std::move(drawn[i]);
+  const int64_t n_rows = static_cast<int64_t>(rows.size()), V = config_.vocab_size;
+  std::vector<std::optional<Sample>> result(items.size());
+  for (int64_t begin = 0; begin < n_rows; begin += Limits::kPromptLogitRows) {
+    const auto out = logits_.mat<float>(std::min(Limits::kPromptLogitRows, n_rows - begin), V);
+    Wanted wanted;
+    for (int64_t i = 0; i < out.rows; ++i) wanted.add(items, item_of[begin + i], i);
+    const bool samples = !wanted.requests.empty();
+    if (samples) backend_->ask_samples(wanted.requests);
+    unembed(out.rows, rows.data() + begin);
+    if (samples) backend_->draw_samples(out);
+    if (logits) backend_->copy_out(logits + begin * V, out.data, out.size() * sizeof(float));
+    if (!samples) continue;
+    std::vector<Sample> drawn = backend_->take_samples({out.data, out.rows, V});
+    for (size_t i = 0; i < drawn.size(); ++i) result[wanted.items[i]] = std::move(drawn[i]);
   }
-  return samples;
+  return result;
 }
 
 // --------------------------------------------------------------------------------------------------------------- step
@@ -153,14 +187,10 @@ std::vector<std::optional<Sample>> Model::step(const std::vector<StepItem>& item
       extend_rope_table(item.sequence->length() + n);
     }
     const Batch batch = make_batch(items);
-    // One token of each sequence, all followed by logits: the step of a generation, which a backend may replay as a whole.
-    const bool whole_batch = batch.is_decode() && std::all_of(items.begin(), items.end(),
-                                                              [](const StepItem& item) { return item.want != Want::kNothing; });
-    backend_->run(batch, whole_batch, [&](int64_t n) {
-      forward(n, poll);
-      if (whole_batch) unembed(n, nullptr);
-    });
-    std::vector<std::optional<Sample>> samples = read_out(items, whole_batch, logits);
+    const bool decodes = batch.is_decode() && std::all_of(items.begin(), items.end(),
+                                                          [](const StepItem& item) { return item.want != Want::kNothing; });
+    std::vector<std::optional<Sample>> samples =
+        decodes ? decode(batch, items, logits, poll) : prefill(batch, items, logits, poll);
     for (size_t i = 0; i < items.size(); ++i) {
       cache_->commit(items[i].sequence->cache_, static_cast<int64_t>(items[i].tokens.size()));
       if (samples[i]) items[i].sampler->record(samples[i]->token);
@@ -216,7 +246,7 @@ Model::Model(const ModelConfig& config, const ModelOptions& options) : config_(c
 
 std::vector<std::pair<Buffer*, int64_t>> Model::work_space(const Limits& limits) {
   const int64_t n = limits.batch_tokens, k = config_.experts_per_token, rope = limits.context * kHeadDim / 2;
-  const int64_t logit_rows = std::max(kLogitRows, std::min(n, limits.sequences));
+  const int64_t logit_rows = limits.logit_rows();
   return {{&x_, n * config_.hidden_size},
           {&t_, n * config_.hidden_size},
           {&qkv_, n * config_.qkv_size()},

@@ -77,8 +77,11 @@ class Model : public std::enable_shared_from_this<Model> {
   void forward(int64_t n, const std::function<void()>& poll);  // tokens -> x_, n rows
   // x_ -> logits_: n rows, normed and unembedded; all of the batch, or those listed.      rows: [n] or null
   void unembed(int64_t n, const int32_t* rows);
-  // Logits and samples of the rows that are wanted. whole_batch: those are all, and in logits_ already.
-  std::vector<std::optional<Sample>> read_out(const std::vector<StepItem>& items, bool whole_batch, float* logits);
+  // Both run the batch, write the logits that are wanted to `logits` where it is not null, and draw samples.
+  std::vector<std::optional<Sample>> decode(const Batch& batch, const std::vector<StepItem>& items, float* logits,
+                                            const std::function<void()>& poll);
+  std::vector<std::optional<Sample>> prefill(const Batch& batch, const std::vector<StepItem>& items, float* logits,
+                                             const std::function<void()>& poll);
   void check_process() const;
   void extend_rope_table(int64_t end);
   std::vector<std::pair<Buffer*, int64_t>> work_space(const Limits& limits);  // and how many floats each is to be

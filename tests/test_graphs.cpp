@@ -54,11 +54,11 @@ void test_graph_cache() {
   };
   for (int i = 0; i < 5; ++i) {
     source[0] = i;
-    graphs.run({4, 1, false}, stream, operations);
+    graphs.run({4, 1, StepEnd::kLayers}, stream, operations);
     CHECK(target[0] == i, "run ", i, " gave ", target[0]);
   }
   CHECK(calls == 2, "one plain run and one recorded, not ", calls);
-  graphs.run({4, 2, false}, stream, operations);
+  graphs.run({4, 2, StepEnd::kLayers}, stream, operations);
   CHECK(calls == 3, "another kind of step is not a replay");
 }
 

@@ -173,7 +173,9 @@ class Ops {
       rows.push_back({i, samplers[i], positions[i]});
     }
     Buffer in = put(logits_, {n, V});
-    std::vector<Sample> samples = backend_->sample(in.mat<float>(n, V), rows);
+    backend_->ask_samples(rows);
+    backend_->draw_samples(in.mat<float>(n, V));
+    std::vector<Sample> samples = backend_->take_samples(in.mat<const float>(n, V));
     give(host, in, n * V);
     return samples;
   }

@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstdlib>
+#include <cstring>
 #include <memory>
 
 #include "cuda/failures.h"
@@ -20,7 +21,8 @@
 namespace gptoss::cuda {
 namespace {
 
-constexpr int kOldestMajor = 8;  // bf16 mma, cp.async
+constexpr int kOldestMajor = 8;                // bf16 mma, cp.async
+constexpr int64_t kMostAdjustments = 1 << 17;  // of logits, of all samples of a step; beyond, they are the host's work
 
 int64_t next_power_of_two(int64_t n) {
   int64_t power = 1;
@@ -106,7 +108,7 @@ class CudaBackend final : public Backend {
 
   // --- one step ---------------------------------------------------------------------------------------------------
   void begin(const Batch& batch) override { stage_batch(batch, batch.n_tokens()); }
-  void run(const Batch& batch, bool reads_out, const std::function<void(int64_t rows)>& operations) override;
+  void run(const Batch& batch, StepEnd end, const std::function<void(int64_t rows)>& operations) override;
   void embed(Mat<float> x, const Weight& table) override {
     use();
     forget(x.data);
@@ -132,7 +134,9 @@ class CudaBackend final : public Backend {
                 top.experts.cols, *stream_);
   }
   void moe_add(Mat<float> x, Mat<const float> t, const Routing& top, const ExpertWeights& experts) override;
-  std::vector<Sample> sample(Mat<float> logits, const std::vector<SampleRequest>& rows) override;
+  void ask_samples(const std::vector<SampleRequest>& requests) override;
+  void draw_samples(Mat<float> logits) override;
+  std::vector<Sample> take_samples(Mat<const float> logits) override;
 
  private:
   void use() const {
@@ -206,9 +210,11 @@ class CudaBackend final : public Backend {
   Buffer slots_, tiles_, n_tiles_;  // [n k]; [tiles]; [1]
   Buffer hidden_;                   // [n k, I] bfloat16
   Buffer outputs_;                  // [n k, H]
-  Buffer sample_pinned_, sample_staged_;  // number of rows, parameters, adjustments
-  Buffer sample_results_, sample_results_host_;
-  Buffer sample_work_;
+  // Sampling: number of rows and parameters; adjustments; results; work space.
+  Buffer sample_params_, sample_adjustments_, sample_results_, sample_work_;
+  Buffer sample_params_pinned_, sample_adjustments_pinned_, sample_results_pinned_;
+  int64_t max_logit_rows_ = 1;
+  bool samples_on_host_ = false;  // more adjustments than there is room for
   GraphCache graphs_;
 };
 
@@ -275,6 +281,11 @@ void CudaBackend::for_each_buffer(const ModelConfig& config, const Limits& limit
   take(n_tiles_, 4);
   take(hidden_, slots * round_up(config.intermediate_size, 64) * 2);
   take(outputs_, slots * config.hidden_size * 4);
+  const int64_t logit_rows = limits.logit_rows();
+  take(sample_params_, 16 + logit_rows * static_cast<int64_t>(sizeof(SampleParams)));
+  take(sample_adjustments_, kMostAdjustments * static_cast<int64_t>(sizeof(StagedAdjustment)));
+  take(sample_results_, logit_rows * static_cast<int64_t>(sizeof(SampleResult)));
+  take(sample_work_, sample_workspace_bytes(logit_rows, config.vocab_size));
   int64_t partial = 0;
   AttentionArgs args;
   args.heads = config.n_heads;
@@ -290,9 +301,13 @@ void CudaBackend::for_each_buffer(const ModelConfig& config, const Limits& limit
 void CudaBackend::reserve(const ModelConfig& config, const Limits& limits) {
   use();
   max_rows_ = std::min(limits.batch_tokens, limits.sequences);
+  max_logit_rows_ = limits.logit_rows();
   context_pages_ = ceil_div(limits.context, kPageTokens);
   for_each_buffer(config, limits, [this](Buffer& buffer, int64_t bytes) { ensure(buffer, bytes); });
   pinned_ = pinned_memory(integers_.bytes());
+  sample_params_pinned_ = pinned_memory(sample_params_.bytes());
+  sample_adjustments_pinned_ = pinned_memory(sample_adjustments_.bytes());
+  sample_results_pinned_ = pinned_memory(sample_results_.bytes());
   CUDA_CHECK(cudaMemsetAsync(hidden_.data(), 0, hidden_.bytes(), *stream_));  // columns past the end stay 0
 }
 
@@ -348,14 +363,14 @@ void CudaBackend::stage_batch(const Batch& batch, int64_t rows) {
   batch_copied_->record(*stream_);
 }
 
-void CudaBackend::run(const Batch& batch, bool reads_out, const std::function<void(int64_t rows)>& operations) {
+void CudaBackend::run(const Batch& batch, StepEnd end, const std::function<void(int64_t rows)>& operations) {
   const bool single = batch.is_decode();
   const int64_t rows = single ? std::min(bucket(batch.n_tokens()), max_rows_) : batch.n_tokens();
   in_step_ = true;
   try {
     stage_batch(batch, rows);
     if (single && replays_)
-      graphs_.run({rows, pages_seen(0), reads_out}, *stream_, [&] { operations(rows); });
+      graphs_.run({rows, pages_seen(0), end}, *stream_, [&] { operations(rows); });
     else
       operations(rows);
   } catch (...) {
@@ -464,40 +479,64 @@ void CudaBackend::moe_add(Mat<float> x, Mat<const float> t, const Routing& top, 
   forget(x.data);
 }
 
-std::vector<Sample> CudaBackend::sample(Mat<float> logits, const std::vector<SampleRequest>& rows) {
+// Staged: how many rows, their parameters, and at a fixed place the adjustments of all. Launches depend on the rows of the
+// logits alone.
+void CudaBackend::ask_samples(const std::vector<SampleRequest>& requests) {
   use();
-  const int64_t n = std::bit_ceil(rows.size());  // a launch serves all numbers of rows up to a power of two
+  asked_ = requests;
+  std::vector<SampleParams> params;
   std::vector<StagedAdjustment> adjustments;
-  std::vector<SampleParams> params(n);
-  for (size_t i = 0; i < rows.size(); ++i)
-    params[i] = stage_sample(adjustments, *rows[i].sampler, rows[i].row, rows[i].position);
-  const int64_t at_params = 16, at_adjustments = at_params + n * static_cast<int64_t>(sizeof(SampleParams));
-  const int64_t bytes = at_adjustments + std::ssize(adjustments) * static_cast<int64_t>(sizeof(StagedAdjustment));
-  const int64_t result_bytes = n * static_cast<int64_t>(sizeof(SampleResult));
-  if (static_cast<int64_t>(sample_pinned_.bytes()) < bytes) sample_pinned_ = pinned_memory(2 * bytes);
-  if (static_cast<int64_t>(sample_results_host_.bytes()) < result_bytes) sample_results_host_ = pinned_memory(result_bytes);
-  ensure(sample_staged_, static_cast<int64_t>(sample_pinned_.bytes()));
-  ensure(sample_results_, result_bytes);
+  for (const SampleRequest& request : requests)
+    params.push_back(stage_sample(adjustments, *request.sampler, request.row, request.position));
+  samples_on_host_ = std::ssize(adjustments) > kMostAdjustments;
+  if (samples_on_host_) {
+    params.clear();
+    adjustments.clear();
+  }
+  const int64_t rows = std::max<int64_t>(std::ssize(params), max_logit_rows_);
+  ensure(sample_params_, 16 + rows * static_cast<int64_t>(sizeof(SampleParams)));
+  ensure(sample_adjustments_, kMostAdjustments * static_cast<int64_t>(sizeof(StagedAdjustment)));
+  const auto send = [this](Buffer& pinned, const Buffer& device, const void* head, size_t head_bytes, const void* rest,
+                           size_t rest_bytes) {
+    if (pinned.bytes() < device.bytes()) pinned = pinned_memory(device.bytes());
+    std::memcpy(pinned.data(), head, head_bytes);
+    std::memcpy(pinned.as<uint8_t>() + head_bytes, rest, rest_bytes);
+    CUDA_CHECK(cudaMemcpyAsync(device.data(), pinned.data(), head_bytes + rest_bytes, cudaMemcpyHostToDevice, *stream_));
+  };
+  const int32_t head[4] = {static_cast<int32_t>(params.size())};
+  send(sample_params_pinned_, sample_params_, head, sizeof head, params.data(), params.size() * sizeof(SampleParams));
+  if (!adjustments.empty())
+    send(sample_adjustments_pinned_, sample_adjustments_, nullptr, 0, adjustments.data(),
+         adjustments.size() * sizeof(StagedAdjustment));
+}
+
+void CudaBackend::draw_samples(Mat<float> logits) {
+  use();
+  const int64_t n = logits.rows, bytes = n * static_cast<int64_t>(sizeof(SampleResult));
+  ensure(sample_results_, bytes);
   ensure(sample_work_, sample_workspace_bytes(n, logits.cols));
+  if (sample_results_pinned_.bytes() < sample_results_.bytes()) sample_results_pinned_ = pinned_memory(sample_results_.bytes());
+  const uint8_t* staged = sample_params_.as<uint8_t>();
+  cuda::sample(sample_results_.as<SampleResult>(), logits.data, reinterpret_cast<const SampleParams*>(staged + 16),
+               sample_adjustments_.as<StagedAdjustment>(), sample_work_.data(), reinterpret_cast<const int32_t*>(staged), n,
+               logits.cols, *stream_);
+  CUDA_CHECK(cudaMemcpyAsync(sample_results_pinned_.data(), sample_results_.data(), bytes, cudaMemcpyDeviceToHost, *stream_));
+}
 
-  uint8_t *host = sample_pinned_.as<uint8_t>(), *device = sample_staged_.as<uint8_t>();
-  *reinterpret_cast<int32_t*>(host) = static_cast<int32_t>(rows.size());
-  std::copy(params.begin(), params.end(), reinterpret_cast<SampleParams*>(host + at_params));
-  std::copy(adjustments.begin(), adjustments.end(), reinterpret_cast<StagedAdjustment*>(host + at_adjustments));
-  CUDA_CHECK(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, *stream_));
-  cuda::sample(sample_results_.as<SampleResult>(), logits.data, reinterpret_cast<SampleParams*>(device + at_params),
-               reinterpret_cast<StagedAdjustment*>(device + at_adjustments), sample_work_.data(),
-               reinterpret_cast<int32_t*>(device), n, logits.cols, *stream_);
-  CUDA_CHECK(
-      cudaMemcpyAsync(sample_results_host_.data(), sample_results_.data(), result_bytes, cudaMemcpyDeviceToHost, *stream_));
+std::vector<Sample> CudaBackend::take_samples(Mat<const float> logits) {
+  use();
   stream_->wait();
-
+  if (samples_on_host_) return Backend::take_samples(logits);
   std::vector<Sample> samples;
-  for (size_t i = 0; i < rows.size(); ++i) {
-    if (rows[i].sampler->options().logprobs > kTopLogprobs)
-      samples.push_back(Backend::sample(logits, {rows[i]}).front());
-    else
-      samples.push_back(finish_sample(sample_results_host_.as<SampleResult>()[i], *rows[i].sampler));
+  std::vector<float> row(logits.cols);
+  for (size_t i = 0; i < asked_.size(); ++i) {
+    const SampleRequest& request = asked_[i];
+    if (request.sampler->options().logprobs > kTopLogprobs) {
+      copy_out(row.data(), logits.row(request.row), row.size() * sizeof(float));
+      samples.push_back(request.sampler->sample(row.data(), request.position));
+    } else {
+      samples.push_back(finish_sample(sample_results_pinned_.as<SampleResult>()[i], *request.sampler));
+    }
   }
   return samples;
 }

@@ -8,14 +8,15 @@
 #include <map>
 #include <utility>
 
+#include "batch.h"
 #include "cuda/common.cuh"
 
 namespace gptoss::cuda {
 
 struct GraphKey {
   int64_t rows = 0;
-  int64_t pages = 0;       // that one row may see, at most
-  bool reads_out = false;  // logits follow the layers
+  int64_t pages = 0;  // that one row may see, at most
+  StepEnd end = StepEnd::kLayers;
   auto operator<=>(const GraphKey&) const = default;
 };
 
