@@ -132,8 +132,8 @@ WeightLoader::WeightLoader(Backend& backend, const ModelConfig& config) : backen
     bytes_ += n * static_cast<int64_t>(sizeof(float));
     return backend.allocate(n * sizeof(float));
   };
-  auto weight = [&](WeightFormat format, int64_t experts, int64_t rows, int64_t cols, bool gate_up = false) {
-    Weight made = backend.make_weight(format, experts, rows, cols, gate_up);
+  auto weight = [&](WeightFormat format, int64_t experts, int64_t rows, int64_t cols, RowOrder order = RowOrder::kPlain) {
+    Weight made = backend.make_weight(format, experts, rows, cols, order);
     bytes_ += static_cast<int64_t>(made.storage.bytes());
     return made;
   };
@@ -141,7 +141,7 @@ WeightLoader::WeightLoader(Backend& backend, const ModelConfig& config) : backen
   for (int64_t i = 0; i < config.n_layers; ++i) {
     LayerWeights layer;
     layer.attn_norm = vector(H);
-    layer.qkv = weight(WeightFormat::kBf16, 1, config.qkv_size(), H);
+    layer.qkv = weight(WeightFormat::kBf16, 1, config.qkv_size(), H, RowOrder::kRopePairs);
     layer.qkv_bias = vector(config.qkv_size());
     layer.sinks = vector(config.n_heads);
     layer.out = weight(WeightFormat::kBf16, 1, H, config.q_size());
@@ -149,7 +149,7 @@ WeightLoader::WeightLoader(Backend& backend, const ModelConfig& config) : backen
     layer.mlp_norm = vector(H);
     layer.router = weight(WeightFormat::kTable, 1, E, H);
     layer.router_bias = vector(E);
-    layer.gate_up = weight(WeightFormat::kMxfp4, E, 2 * I, H, true);
+    layer.gate_up = weight(WeightFormat::kMxfp4, E, 2 * I, H, RowOrder::kGateUp);
     layer.gate_up_bias = vector(E * 2 * I);
     layer.down = weight(WeightFormat::kMxfp4, E, H, I);
     layer.down_bias = vector(E * H);

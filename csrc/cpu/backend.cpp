@@ -48,7 +48,7 @@ class CpuBackend final : public Backend {
     router_logits_.resize(pool_.size() * config.n_experts);
   }
 
-  Weight make_weight(WeightFormat format, int64_t experts, int64_t rows, int64_t cols, bool gate_up) override;
+  Weight make_weight(WeightFormat format, int64_t experts, int64_t rows, int64_t cols, RowOrder order) override;
   void load_rows(Weight& weight, int64_t first_row, const HostTensor& source) override;
   void load_mxfp4_blocks(Weight& weight, const HostTensor& blocks) override;
   void load_mxfp4_scales(Weight& weight, const HostTensor& scales) override;
@@ -118,8 +118,8 @@ int64_t panel_bytes(const Weight& weight) {
   return weight.format == WeightFormat::kMxfp4 ? mxfp4_panel_bytes(weight.cols) : bf16_panel_bytes(weight.cols);
 }
 
-Weight CpuBackend::make_weight(WeightFormat format, int64_t experts, int64_t rows, int64_t cols, bool gate_up) {
-  Weight weight{format, experts, rows, cols, gate_up, {}};
+Weight CpuBackend::make_weight(WeightFormat format, int64_t experts, int64_t rows, int64_t cols, RowOrder order) {
+  Weight weight{format, experts, rows, cols, order, {}};
   const int64_t bytes =
       format == WeightFormat::kTable ? rows * cols * 2 : experts * ceil_div(rows, kPanelRows) * panel_bytes(weight);
   weight.storage = allocate_pages(bytes);
@@ -143,7 +143,7 @@ void CpuBackend::load_rows(Weight& weight, int64_t first_row, const HostTensor& 
   pool_.run(ceil_div(n, kPanelRows), [&](int64_t p, int) {
     const int64_t row = p * kPanelRows;
     kernels_.pack_bf16_panel(panels + p * panel_bytes(weight), rows + row * cols, std::min(kPanelRows, n - row), cols,
-                             weight.gate_up);
+                             weight.order == RowOrder::kGateUp);
   });
 }
 
@@ -161,14 +161,14 @@ void pack_experts(ThreadPool& pool, const Weight& weight, const Pack& pack) {
 void CpuBackend::load_mxfp4_blocks(Weight& weight, const HostTensor& blocks) {
   const uint8_t* source = static_cast<const uint8_t*>(blocks.data);
   pack_experts(pool_, weight, [&](uint8_t* panel, int64_t row, int64_t n) {
-    kernels_.pack_mxfp4_blocks(panel, source + row * weight.cols / 2, n, weight.cols, weight.gate_up);
+    kernels_.pack_mxfp4_blocks(panel, source + row * weight.cols / 2, n, weight.cols, weight.order == RowOrder::kGateUp);
   });
 }
 
 void CpuBackend::load_mxfp4_scales(Weight& weight, const HostTensor& scales) {
   const uint8_t* source = static_cast<const uint8_t*>(scales.data);
   pack_experts(pool_, weight, [&](uint8_t* panel, int64_t row, int64_t n) {
-    kernels_.pack_mxfp4_scales(panel, source + row * weight.cols / 32, n, weight.cols, weight.gate_up);
+    kernels_.pack_mxfp4_scales(panel, source + row * weight.cols / 32, n, weight.cols, weight.order == RowOrder::kGateUp);
   });
 }
 

@@ -122,6 +122,10 @@ inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask,
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == 0xffffffffu; }
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
 inline int atomicAdd(int* address, int value) { return std::exchange(*address, *address + value); }
+inline unsigned atomicInc(unsigned* address, unsigned last) {  // back to 0 after `last`
+  return std::exchange(*address, *address >= last ? 0 : *address + 1);
+}
+inline void __threadfence() {}
 inline float __uint_as_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, 4);
