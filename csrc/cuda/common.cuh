@@ -221,6 +221,13 @@ __device__ __forceinline__ uint4 load_once(const uint4* address) {
 #endif
 }
 
+// Starts bringing what is there from memory to the second-level cache.
+__device__ __forceinline__ void prefetch([[maybe_unused]] const void* address) {
+#ifndef GPTOSS_CUDA_EMULATE
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+#endif
+}
+
 // -------------------------------------------------------------------------------------------------- blocks that finish
 
 // Counts the calling thread among n that come to this counter; whether it is the last. What each of them wrote before it came,

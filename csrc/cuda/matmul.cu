@@ -28,16 +28,6 @@ struct Wide {
   static constexpr int kTokens = kWideTile, kWarps = 8, kThreads = kWarps * kWarp, kStages = 4;
 };
 
-// Blocks of narrow_kernel that a multiprocessor holds, so that their loads together hide the way to memory: 98 KB of MXFP4 or
-// 144 KB of bfloat16 in flight. It bounds their registers; newer cards spill within that bound.
-constexpr int narrow_blocks(bool mxfp4) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
-  return mxfp4 ? 3 : 2;
-#else
-  return mxfp4 ? 4 : 3;
-#endif
-}
-
 // One lane's weights of 16 rows x 64 inputs.
 template <bool kMxfp4>
 struct Group {
@@ -46,15 +36,17 @@ struct Group {
 };
 
 template <bool kMxfp4>
-__device__ __forceinline__ Group<kMxfp4> load_group(const MatmulArgs& a, int64_t block) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  Group<kMxfp4> group;
+__device__ __forceinline__ void load_codes(Group<kMxfp4>& group, const MatmulArgs& a, int block) {
   constexpr int kVectors = kMxfp4 ? 1 : 4;
-  const uint4* from = reinterpret_cast<const uint4*>(a.codes) + block * kVectors * kWarp + lane;
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const uint4* from = reinterpret_cast<const uint4*>(a.codes) + (block * kVectors * kWarp + lane);
 #pragma unroll
   for (int i = 0; i < kVectors; ++i) group.v[i] = load_once(from + i * kWarp);
-  group.scales = kMxfp4 ? reinterpret_cast<const uint32_t*>(a.scales)[block * 8 + lane / 4] : 0;
-  return group;
+}
+
+// As arranged for a block: a word a lane of row g.
+__device__ __forceinline__ const uint32_t* scales_of(const MatmulArgs& a, int block) {
+  return reinterpret_cast<const uint32_t*>(a.scales) + block * 8;
 }
 
 // 2^(byte - 127); 255 gives infinity.
@@ -226,10 +218,10 @@ __device__ __forceinline__ void norm_inputs(uint16_t* inputs, float* sums, const
                                             const float* weight) {
   const int cols = static_cast<int>(a.cols), stride = narrow_stride(cols);
   const float* x = a.residual + tile.first * a.cols;
-  square_sums(sums, x, tile.n, cols);
+  square_sums<1>(sums, x, tile.n, cols);
   wait_copies<0>();
   __syncthreads();
-  each_normed(sums, x, tile.n, cols, weight, a.eps, [&](int row, int i, float4 value) {
+  each_normed<1>(sums, x, tile.n, cols, weight, a.eps, [&](int row, int i, float4 value) {
     *reinterpret_cast<uint2*>(inputs + row * stride + 4 * i) = pack_bf16(value);
   });
   const int pad = (stride - 32 - cols) / 2;  // pairs of zeros up to whole groups
@@ -238,17 +230,19 @@ __device__ __forceinline__ void norm_inputs(uint16_t* inputs, float* sums, const
   __syncthreads();
 }
 
-template <Epilogue kEpilogue>
+template <bool kMxfp4, Epilogue kEpilogue>
 size_t narrow_shared_bytes(int64_t tokens, int64_t cols) {
   const int64_t sums = Narrow::kSlices * 16 * Narrow::kTokens * 4, inputs = tokens * narrow_stride(cols) * 2;
-  return sums + inputs + (kEpilogue == Epilogue::kRope ? cols * 4 : 0);
+  return sums + inputs + (kMxfp4 ? ceil_div(cols, 64) * 32 : 0) + (kEpilogue == Epilogue::kRope ? cols * 4 : 0);
 }
 
-// Shared memory: sums [slices][16 rows][8 tokens], inputs [tokens][stride], and for kRope the norm's weights [cols].
+// The bound on blocks of a multiprocessor is a bound on registers: 98 KB of MXFP4 or 144 KB of bfloat16 in flight hide the way
+// to memory on every card.
+// Shared memory: sums [slices][16 rows][8 tokens], inputs [tokens][stride], then the scales, or for kRope the norm's weights.
 template <bool kMxfp4, Epilogue kEpilogue>
-__global__ void __launch_bounds__(Narrow::kThreads, narrow_blocks(kMxfp4))
-    narrow_kernel(MatmulArgs a, int n_tiles, int tile_tokens) {
-  constexpr int kAhead = kMxfp4 ? 6 : 3;  // groups whose loads are in flight
+__global__ void __launch_bounds__(Narrow::kThreads, kMxfp4 ? 4 : 3) narrow_kernel(MatmulArgs a, int n_tiles, int tile_tokens) {
+  constexpr int kAhead = kMxfp4 ? 6 : 3;  // groups whose loads are in flight: all of an eighth of 2880 inputs, or half of them
+  constexpr bool kRefill = !kMxfp4;       // as each is used, not when all are
   let_next_start();
   if (a.tiles) wait_for_previous();  // which weights to read is the result of a kernel
   TokenTile tile;
@@ -259,16 +253,21 @@ __global__ void __launch_bounds__(Narrow::kThreads, narrow_blocks(kMxfp4))
   const int groups = static_cast<int>(ceil_div(a.cols, 64)), share = (groups + Narrow::kSlices - 1) / Narrow::kSlices;
   const int begin = warp * share, end = begin + share < groups ? begin + share : groups;
   const int block = static_cast<int>(blockIdx.x) / n_tiles;
-  const int64_t base = (tile.expert * ceil_div(a.rows, 16) + block) * groups;
+  const int base = (tile.expert * static_cast<int>(ceil_div(a.rows, 16)) + block) * groups;
 
   Group<kMxfp4> ahead[kAhead];
 #pragma unroll
   for (int i = 0; i < kAhead; ++i)
-    if (begin + i < end) ahead[i] = load_group<kMxfp4>(a, base + begin + i);
+    if (begin + i < end) load_codes(ahead[i], a, base + begin + i);
   const int r = thread % 8, token = thread / 8;  // of the outputs this thread finishes
-  Bias bias;
-  if (token < tile.n) bias = load_bias(a, tile.expert, block, r);
-  float* norm_weight = reinterpret_cast<float*>(inputs + tile_tokens * narrow_stride(a.cols));
+  if (a.bias && thread < 16 && source_row(a.order, block, thread) < a.rows)
+    prefetch(a.bias + tile.expert * a.rows + source_row(a.order, block, thread));
+  void* rest = inputs + tile_tokens * narrow_stride(a.cols);
+  uint32_t* scales = static_cast<uint32_t*>(rest);  // [groups][8]
+  float* norm_weight = static_cast<float*>(rest);   // [cols]
+  if constexpr (kMxfp4) {
+    for (int i = begin * 2 + lane; i < end * 2; i += kWarp) copy_async(scales + i * 4, scales_of(a, base) + i * 4, 16);
+  }
   if constexpr (kEpilogue == Epilogue::kRope) {
     for (int i = thread * 4; i < a.cols; i += Narrow::kThreads * 4) copy_async(norm_weight + i, a.norm_weight + i, 16);
     commit_copies();
@@ -281,19 +280,24 @@ __global__ void __launch_bounds__(Narrow::kThreads, narrow_blocks(kMxfp4))
     norm_inputs(inputs, sums, a, tile, norm_weight);
   else
     stage_inputs(inputs, a, tile, begin, end);
-  const bool has_token = g < tile.n;
-  const uint16_t* x = inputs + g * narrow_stride(a.cols) + 8 * c;
+  // Lanes of columns without a token repeat the last one: nobody looks at their sums.
+  const uint16_t* x = inputs + (g < tile.n ? g : tile.n - 1) * narrow_stride(a.cols) + 8 * c;
   FragmentC acc[1] = {{{0, 0, 0, 0}}};
   for (int first = begin; first < end; first += kAhead) {
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       if (first + i >= end) break;
-      multiply<kMxfp4>(acc, ahead[i], [&](int, int b) {
-        return has_token ? *reinterpret_cast<const uint4*>(x + (first + i) * 64 + b * 32) : uint4{0, 0, 0, 0};
-      });
-      if (first + i + kAhead < end) ahead[i] = load_group<kMxfp4>(a, base + first + i + kAhead);
+      if constexpr (kMxfp4) ahead[i].scales = scales[(first + i) * 8 + g];
+      multiply<kMxfp4>(acc, ahead[i],
+                       [&](int, int b) { return *reinterpret_cast<const uint4*>(x + (first + i) * 64 + b * 32); });
+      if (kRefill && first + i + kAhead < end) load_codes(ahead[i], a, base + first + i + kAhead);
     }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i)
+      if (!kRefill && first + i + kAhead < end) load_codes(ahead[i], a, base + first + i + kAhead);
   }
+  Bias bias;
+  if (token < tile.n) bias = load_bias(a, tile.expert, block, r);
 #pragma unroll
   for (int i = 0; i < 4; ++i) sums[(warp * 16 + g + i / 2 * 8) * 8 + 2 * c + i % 2] = acc[0].v[i];
   __syncthreads();
@@ -323,12 +327,16 @@ __global__ void __launch_bounds__(Wide::kThreads) wide_kernel(MatmulArgs a, int 
   const int thread = static_cast<int>(threadIdx.x), warp = thread / kWarp, g = thread % kWarp / 4, c = thread % 4;
   const int64_t blocks = ceil_div(a.rows, 16), groups = ceil_div(a.cols, 64), share = ceil_div(groups, Narrow::kSlices);
   const int block = static_cast<int>(blockIdx.x) / n_tiles * Wide::kWarps + warp;
-  const int64_t base = (tile.expert * blocks + block) * groups;
+  const int base = static_cast<int>((tile.expert * blocks + block) * groups);
   const bool has_rows = block < blocks;
   Group<kMxfp4> next{};
+  const auto load_next = [&](int at) {
+    load_codes(next, a, at);
+    if (kMxfp4) next.scales = scales_of(a, at)[g];
+  };
   Bias bias;
   if (has_rows) {
-    next = load_group<kMxfp4>(a, base);
+    load_next(base);
     bias = load_bias(a, tile.expert, block, g);
   }
   if (!a.tiles) wait_for_previous();
@@ -363,7 +371,7 @@ __global__ void __launch_bounds__(Wide::kThreads) wide_kernel(MatmulArgs a, int 
     fetch(group + kStages - 1);
     if (!has_rows) continue;
     const Group<kMxfp4> weights = next;
-    if (group + 1 < groups) next = load_group<kMxfp4>(a, base + group + 1);
+    if (group + 1 < groups) load_next(base + static_cast<int>(group) + 1);
     const uint4* stage = stages + group % kStages * kChunks;
     multiply<kMxfp4>(acc, weights, [&](int t, int b) { return stage[chunk_at(t * 8 + g, 4 * b + c)]; });
     if ((group + 1) % share == 0 || group + 1 == groups) {
@@ -397,7 +405,7 @@ void start(const MatmulArgs& a, int64_t tile, cudaStream_t stream) {
   Launch l{dim3(static_cast<unsigned>(grid)), dim3(narrow ? Narrow::kThreads : Wide::kThreads), 0, stream};
   if (narrow) {
     const int tokens = static_cast<int>(std::min<int64_t>(a.n, tile));
-    l.shared_bytes = narrow_shared_bytes<kEpilogue>(tokens, a.cols);
+    l.shared_bytes = narrow_shared_bytes<kMxfp4, kEpilogue>(tokens, a.cols);
     launch(l, narrow_kernel<kMxfp4, kEpilogue>, a, static_cast<int>(n_tiles), tokens);
   } else {
     l.shared_bytes = Wide::kStages * Wide::kTokens * 64 * sizeof(uint16_t);
@@ -410,7 +418,7 @@ void start(const MatmulArgs& a, int64_t tile, cudaStream_t stream) {
 // Both give the same bits, so inputs that are too many for the shared memory that every card has go the other way.
 int64_t matmul_tile(int64_t tokens_a_matrix, int64_t cols) {
   constexpr size_t kShared = 99 << 10;
-  const bool fits = narrow_shared_bytes<Epilogue::kRope>(Narrow::kTokens, cols) <= kShared;
+  const bool fits = narrow_shared_bytes<false, Epilogue::kRope>(Narrow::kTokens, cols) <= kShared;
   return tokens_a_matrix <= Narrow::kTokens && fits ? Narrow::kTokens : Wide::kTokens;
 }
 

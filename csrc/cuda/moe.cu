@@ -40,7 +40,7 @@ __device__ __forceinline__ unsigned peers(int value, int bits) {
 // Sorts (token, choice) slots by expert, tokens in order, and cuts each expert's into tiles: a counting sort, in which each
 // warp has a range of the slots. All threads of the block come here; ids must be visible to them. counts: [warps, experts],
 // shared
-__device__ void sort_slots(const DispatchArgs& a, const int32_t* ids, int n, int experts, int32_t* counts) {
+__device__ __forceinline__ void sort_slots(const DispatchArgs& a, const int32_t* ids, int n, int experts, int32_t* counts) {
   const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x), warps = threads / kWarp;
   const int warp = thread / kWarp, lane = thread % kWarp;
   const int share = (n + warps * kWarp - 1) / (warps * kWarp) * kWarp, begin = warp * share;
@@ -205,10 +205,10 @@ __global__ void __launch_bounds__(kRouteThreads) route_kernel(RouteArgs a, int e
   const float* x = a.x + first * hidden;
   float4* rows = reinterpret_cast<float4*>(t);
   if (norm_weight) {
-    square_sums(sums, x, n_tokens, hidden);
+    square_sums<kTokens>(sums, x, n_tokens, hidden);
     wait_copies<1>();
     __syncthreads();
-    each_normed(sums, x, n_tokens, hidden, norm_weight, a.eps, [&](int row, int i, float4 value) {
+    each_normed<3>(sums, x, n_tokens, hidden, norm_weight, a.eps, [&](int row, int i, float4 value) {
       rows[row * (hidden / 4) + i] = value;
       if (blockIdx.y != 0) return;
       reinterpret_cast<float4*>(a.t + (first + row) * hidden)[i] = value;

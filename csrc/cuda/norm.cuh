@@ -1,7 +1,7 @@
 // RMSNorm of rows by a block of 256 threads: t = x / sqrt(mean(x^2) + eps) * weight. Every kernel that norms does it with these
 // functions, so that a row has the same bits in all of them: a thread adds the squares of its elements (4 of every 1024), lanes
 // are added by halves, and the 8 warps in order.
-//   square_sums(sums, x, n, hidden);  __syncthreads();  each_normed(sums, x, n, hidden, weight, eps, each);
+//   square_sums<1>(sums, x, n, hidden);  __syncthreads();  each_normed(sums, x, n, hidden, weight, eps, each);
 #pragma once
 #include "cuda/common.cuh"
 
@@ -11,9 +11,10 @@ struct NormBlock {
   static constexpr int kThreads = 256, kWarps = kThreads / kWarp;
 };
 
-// sums: [n, warps], shared    x: [n, hidden]
+// sums: [n, warps], shared    x: [n, hidden]    kRows: of which loads are in flight, where registers are left for them
+template <int kRows>
 __device__ __forceinline__ void square_sums(float* sums, const float* x, int n, int hidden) {
-  constexpr int kRows = 2, kLoads = 3, kThreads = NormBlock::kThreads;  // loads of so many rows are in flight
+  constexpr int kLoads = 3, kThreads = NormBlock::kThreads;
   const int thread = static_cast<int>(threadIdx.x), quads = hidden / 4;
   for (int row = 0; row < n; row += kRows) {
     float sum[kRows] = {};
@@ -46,7 +47,7 @@ __device__ __forceinline__ void square_sums(float* sums, const float* x, int n, 
 }
 
 // each(row, i, t): t is elements 4i .. 4i+3 of the normed row.                                      weight: [hidden]
-template <class Each>
+template <int kUnroll, class Each>
 __device__ __forceinline__ void each_normed(const float* sums, const float* x, int n, int hidden, const float* weight,
                                             float eps, const Each& each) {
   const float4* w = reinterpret_cast<const float4*>(weight);
@@ -56,6 +57,7 @@ __device__ __forceinline__ void each_normed(const float* sums, const float* x, i
     for (int i = 0; i < NormBlock::kWarps; ++i) total += sums[row * NormBlock::kWarps + i];
     const float scale = 1.f / sqrtf(total / static_cast<float>(hidden) + eps);
     const float4* in = reinterpret_cast<const float4*>(x + static_cast<int64_t>(row) * hidden);
+#pragma unroll kUnroll
     for (int i = static_cast<int>(threadIdx.x); i < hidden / 4; i += NormBlock::kThreads) {
       const float4 u = in[i], v = w[i];
       each(row, i, float4{u.x * scale * v.x, u.y * scale * v.y, u.z * scale * v.z, u.w * scale * v.w});

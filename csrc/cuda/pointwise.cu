@@ -24,11 +24,11 @@ __global__ void __launch_bounds__(kThreads)
   float* sums = shared_memory<float>();  // [warps]
   const int64_t row = blockIdx.x;
   const float* in = x + (kListed ? list.rows[row] : row) * hidden;
-  square_sums(sums, in, 1, hidden);
+  square_sums<1>(sums, in, 1, hidden);
   __syncthreads();
   float4* out = reinterpret_cast<float4*>(t + row * hidden);
   uint2* packed = reinterpret_cast<uint2*>(rounded.data + row * rounded.stride);
-  each_normed(sums, in, 1, hidden, weight, eps, [&](int, int i, float4 value) {
+  each_normed<3>(sums, in, 1, hidden, weight, eps, [&](int, int i, float4 value) {
     out[i] = value;
     packed[i] = pack_bf16(value);
   });

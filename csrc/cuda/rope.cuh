@@ -8,14 +8,14 @@ namespace gptoss::cuda {
 
 // Where a row's pair goes, and the angle it is turned by.
 struct RopePlace {
-  int64_t page, slot;
+  int page, slot;
   float cos, sin;
 };
 
 __device__ __forceinline__ RopePlace find_place(const RopeArgs& a, int64_t row, int pair) {
-  const int64_t position = a.batch.positions[row];
+  const int position = a.batch.positions[row];
   const int32_t* base = a.window ? a.batch.window_base : a.batch.full_base;
-  const int64_t page = a.batch.pages[base[a.batch.sequence_of[row]] + position / 128];
+  const int page = a.batch.pages[base[a.batch.sequence_of[row]] + position / 128];
   return {page, position % 128, a.cos[position * 32 + pair], a.sin[position * 32 + pair]};
 }
 
@@ -30,7 +30,8 @@ __device__ __forceinline__ void append_pair(const RopeArgs& a, const RopePlace& 
     return;
   }
   const bool is_key = head < a.heads + a.kv_heads;
-  const int64_t kv_head = head - a.heads - (is_key ? 0 : a.kv_heads), offset = (at.page * a.kv_heads + kv_head) * 128 * 64;
+  const int64_t kv_head = head - a.heads - (is_key ? 0 : a.kv_heads),
+                offset = (int64_t{at.page} * a.kv_heads + kv_head) * 128 * 64;
   const uint32_t packed = is_key ? pack_bf16(turned_first, turned_second) : pack_bf16(first, second);
   uint16_t* to = is_key ? a.keys + offset + at.slot * 64 + pair : a.values + offset + pair * 128 + at.slot;
   to[0] = static_cast<uint16_t>(packed);
