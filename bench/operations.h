@@ -85,7 +85,7 @@ class Operation {
 
   Weight matrix(WeightFormat format, int64_t rows, int64_t cols) {
     constexpr int64_t kRows = 4096;
-    Weight weight = backend_.make_weight(format, 1, rows, cols, false);
+    Weight weight = backend_.make_weight(format, 1, rows, cols, RowOrder::kPlain);
     std::vector<uint8_t> source(kRows * cols * 2);
     fill_random(pool_, source.data(), source.size(), kRandomBf16, ++seed_);
     for (int64_t first = 0; first < rows; first += kRows)
@@ -93,9 +93,9 @@ class Operation {
     return weight;
   }
 
-  Weight experts(int64_t rows, int64_t cols, bool gate_up) {
+  Weight experts(int64_t rows, int64_t cols, RowOrder order) {
     const int64_t n = config_.n_experts;
-    Weight weight = backend_.make_weight(WeightFormat::kMxfp4, n, rows, cols, gate_up);
+    Weight weight = backend_.make_weight(WeightFormat::kMxfp4, n, rows, cols, order);
     const size_t bytes = n * rows * cols / 2;
     const std::unique_ptr<uint8_t[]> source(new uint8_t[bytes]);
     fill_random(pool_, source.get(), bytes, kRandomCodes, ++seed_);
@@ -151,8 +151,8 @@ class Operation {
   void moe_add() {
     const int64_t H = config_.hidden_size, I = config_.intermediate_size, E = config_.n_experts, k = config_.experts_per_token;
     constexpr int64_t kRoutings = 32;
-    weights_.push_back(experts(2 * I, H, true));
-    weights_.push_back(experts(H, I, false));
+    weights_.push_back(experts(2 * I, H, RowOrder::kGateUp));
+    weights_.push_back(experts(H, I, RowOrder::kPlain));
     bias_ = activations(E * 2 * I);
     out_ = backend_.allocate(n_ * H * 4);
     const auto scores = std::vector<float>(n_ * k, 1.0f / static_cast<float>(k));

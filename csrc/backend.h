@@ -35,6 +35,12 @@ struct RopeTable {
   Mat<const float> sin;  // [positions, head_dim / 2]
 };
 
+// What a norm multiplies by, and adds under its root.
+struct Norm {
+  const float* weight = nullptr;  // [H]
+  float eps = 0;
+};
+
 struct ExpertWeights {
   const Weight* gate_up = nullptr;      // [E, 2I, H] MXFP4, rows alternate gate, up
   const float* gate_up_bias = nullptr;  // [E, 2I]
@@ -94,7 +100,7 @@ class Backend {
 
   // --- weights ----------------------------------------------------------------------------------------------------
   virtual size_t weight_bytes(WeightFormat format, int64_t experts, int64_t rows, int64_t cols) const = 0;
-  virtual Weight make_weight(WeightFormat format, int64_t experts, int64_t rows, int64_t cols, bool gate_up) = 0;
+  virtual Weight make_weight(WeightFormat format, int64_t experts, int64_t rows, int64_t cols, RowOrder order) = 0;
   // rows [first_row, first_row + n) of a kTable or kBf16 weight.   source: bfloat16 [n, cols], host
   virtual void load_rows(Weight& weight, int64_t first_row, const HostTensor& source) = 0;
   // All codes, or all scales, of a kMxfp4 weight.    blocks: [E, rows, cols/32, 16], scales: [E, rows, cols/32] u8, host
@@ -143,6 +149,25 @@ class Backend {
 
   // x += sum over the chosen experts of weight * down(swiglu(gate_up(t)))                        x, t: [n, H]
   virtual void moe_add(Mat<float> x, Mat<const float> t, const Routing& top, const ExpertWeights& experts) = 0;
+
+  // --- fused: what a step does one after the other, in one operation ----------------------------------------------
+  // The same bits as the narrow ones in sequence. A backend that gains nothing by fusing keeps these.
+
+  // q and the cache from the residual stream: rmsnorm, linear, rope_append.            q: [n, heads*64]   x: [n, H]
+  //                            weight: kRopePairs   t: [n, H] and qkv: [n, (heads + 2 kv_heads)*64], work space
+  virtual void norm_qkv(Mat<float> q, const KvLayer& cache, Mat<const float> x, const Norm& norm, const Weight& weight,
+                        const float* bias, const RopeTable& rope, int64_t kv_heads, Mat<float> t, Mat<float> qkv) {
+    rmsnorm(t, x, norm.weight, norm.eps, nullptr);
+    linear(qkv, {t.data, t.rows, t.cols}, weight, bias);
+    rope_append(q, cache, {qkv.data, qkv.rows, qkv.cols}, rope, kv_heads);
+  }
+
+  // The routing of the normed rows, and the rows, which moe_add wants next: rmsnorm, route.                t, x: [n, H]
+  virtual void norm_route(Routing top, Mat<float> t, Mat<const float> x, const Norm& norm, const Weight& weight,
+                          const float* bias) {
+    rmsnorm(t, x, norm.weight, norm.eps, nullptr);
+    route(top, {t.data, t.rows, t.cols}, weight, bias);
+  }
 
   // Sampling, in three parts, so that the middle one can be recorded: which rows tokens are wanted of (no row twice); the draw;
   // and the tokens, which are waited for. take_samples throws what Sampler::sample does.      logits: [n, V], left unchanged

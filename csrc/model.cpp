@@ -38,13 +38,10 @@ void Model::forward(int64_t n, const std::function<void()>& poll) {
     poll();
     const LayerWeights& w = weights_.layers[i];
     const KvLayer kv = cache_->layer(i);
-    op.rmsnorm(t, read(x), w.attn_norm.as<float>(), eps, nullptr);
-    op.linear(qkv, read(t), w.qkv, w.qkv_bias.as<float>());
-    op.rope_append(q, kv, read(qkv), rope, kv_heads);
+    op.norm_qkv(q, kv, read(x), {w.attn_norm.as<float>(), eps}, w.qkv, w.qkv_bias.as<float>(), rope, kv_heads, t, qkv);
     op.attention(a, read(q), kv, w.sinks.as<float>(), kv_heads);
     op.linear_add(x, read(a), w.out, w.out_bias.as<float>());
-    op.rmsnorm(t, read(x), w.mlp_norm.as<float>(), eps, nullptr);
-    op.route(top, read(t), w.router, w.router_bias.as<float>());
+    op.norm_route(top, t, read(x), {w.mlp_norm.as<float>(), eps}, w.router, w.router_bias.as<float>());
     op.moe_add(x, read(t), top, {&w.gate_up, w.gate_up_bias.as<float>(), &w.down, w.down_bias.as<float>(), limit});
   }
 }

@@ -128,29 +128,29 @@ std::vector<TensorSpec> expected_tensors(const ModelConfig& config, Layout layou
 
 namespace {
 
-// Calls vector(buffer, n) and matrix(weight, format, experts, rows, cols, gate_up) for every field.
+// Calls vector(buffer, n) and matrix(weight, format, experts, rows, cols, order) for every field.
 template <class Vector, class Matrix>
 void for_each_field(Weights& weights, const ModelConfig& config, const Vector& vector, const Matrix& matrix) {
   const int64_t H = config.hidden_size, I = config.intermediate_size, E = config.n_experts, V = config.vocab_size;
   weights.layers.resize(config.n_layers);
-  matrix(weights.embedding, WeightFormat::kTable, 1, V, H, false);
+  matrix(weights.embedding, WeightFormat::kTable, 1, V, H, RowOrder::kPlain);
   for (LayerWeights& layer : weights.layers) {
     vector(layer.attn_norm, H);
-    matrix(layer.qkv, WeightFormat::kBf16, 1, config.qkv_size(), H, false);
+    matrix(layer.qkv, WeightFormat::kBf16, 1, config.qkv_size(), H, RowOrder::kRopePairs);
     vector(layer.qkv_bias, config.qkv_size());
     vector(layer.sinks, config.n_heads);
-    matrix(layer.out, WeightFormat::kBf16, 1, H, config.q_size(), false);
+    matrix(layer.out, WeightFormat::kBf16, 1, H, config.q_size(), RowOrder::kPlain);
     vector(layer.out_bias, H);
     vector(layer.mlp_norm, H);
-    matrix(layer.router, WeightFormat::kTable, 1, E, H, false);
+    matrix(layer.router, WeightFormat::kTable, 1, E, H, RowOrder::kPlain);
     vector(layer.router_bias, E);
-    matrix(layer.gate_up, WeightFormat::kMxfp4, E, 2 * I, H, true);
+    matrix(layer.gate_up, WeightFormat::kMxfp4, E, 2 * I, H, RowOrder::kGateUp);
     vector(layer.gate_up_bias, E * 2 * I);
-    matrix(layer.down, WeightFormat::kMxfp4, E, H, I, false);
+    matrix(layer.down, WeightFormat::kMxfp4, E, H, I, RowOrder::kPlain);
     vector(layer.down_bias, E * H);
   }
   vector(weights.norm, H);
-  matrix(weights.unembedding, WeightFormat::kBf16, 1, V, H, false);
+  matrix(weights.unembedding, WeightFormat::kBf16, 1, V, H, RowOrder::kPlain);
 }
 
 }  // namespace
@@ -160,7 +160,7 @@ int64_t weight_bytes(const Backend& backend, const ModelConfig& config) {
   Weights shapes_only;
   for_each_field(
       shapes_only, config, [&](Buffer&, int64_t n) { bytes += n * static_cast<int64_t>(sizeof(float)); },
-      [&](Weight&, WeightFormat format, int64_t experts, int64_t rows, int64_t cols, bool) {
+      [&](Weight&, WeightFormat format, int64_t experts, int64_t rows, int64_t cols, RowOrder) {
         bytes += static_cast<int64_t>(backend.weight_bytes(format, experts, rows, cols));
       });
   return bytes;
@@ -169,8 +169,8 @@ int64_t weight_bytes(const Backend& backend, const ModelConfig& config) {
 WeightLoader::WeightLoader(Backend& backend, const ModelConfig& config) : backend_(backend) {
   for_each_field(
       weights_, config, [&](Buffer& buffer, int64_t n) { buffer = backend.allocate(n * sizeof(float)); },
-      [&](Weight& weight, WeightFormat format, int64_t experts, int64_t rows, int64_t cols, bool gate_up) {
-        weight = backend.make_weight(format, experts, rows, cols, gate_up);
+      [&](Weight& weight, WeightFormat format, int64_t experts, int64_t rows, int64_t cols, RowOrder order) {
+        weight = backend.make_weight(format, experts, rows, cols, order);
       });
   const Add add = [this](Layout layout, std::string name, std::vector<int64_t> shape, std::vector<DType> dtypes, Put put) {
     slots_[static_cast<int>(layout)][name] = {{name, std::move(shape), std::move(dtypes)}, std::move(put)};

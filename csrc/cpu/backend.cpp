@@ -55,7 +55,7 @@ class CpuBackend final : public Backend {
   }
 
   size_t weight_bytes(WeightFormat format, int64_t experts, int64_t rows, int64_t cols) const override;
-  Weight make_weight(WeightFormat format, int64_t experts, int64_t rows, int64_t cols, bool gate_up) override;
+  Weight make_weight(WeightFormat format, int64_t experts, int64_t rows, int64_t cols, RowOrder order) override;
   void load_rows(Weight& weight, int64_t first_row, const HostTensor& source) override;
   void load_mxfp4_blocks(Weight& weight, const HostTensor& blocks) override;
   void load_mxfp4_scales(Weight& weight, const HostTensor& scales) override;
@@ -140,8 +140,8 @@ size_t CpuBackend::weight_bytes(WeightFormat format, int64_t experts, int64_t ro
   return experts * ceil_div(rows, kPanelRows) * panel_bytes(format, cols);
 }
 
-Weight CpuBackend::make_weight(WeightFormat format, int64_t experts, int64_t rows, int64_t cols, bool gate_up) {
-  Weight weight{format, experts, rows, cols, gate_up, {}};
+Weight CpuBackend::make_weight(WeightFormat format, int64_t experts, int64_t rows, int64_t cols, RowOrder order) {
+  Weight weight{format, experts, rows, cols, order, {}};
   weight.storage = allocate_pages(weight_bytes(format, experts, rows, cols));
   return weight;
 }
@@ -163,7 +163,7 @@ void CpuBackend::load_rows(Weight& weight, int64_t first_row, const HostTensor& 
   pool_.run(ceil_div(n, kPanelRows), [&](int64_t p, int) {
     const int64_t row = p * kPanelRows;
     kernels_.pack_bf16_panel(panels + p * panel_bytes(weight), rows + row * cols, std::min(kPanelRows, n - row), cols,
-                             weight.gate_up);
+                             weight.order == RowOrder::kGateUp);
   });
 }
 
@@ -181,14 +181,14 @@ void pack_experts(ThreadPool& pool, const Weight& weight, const Pack& pack) {
 void CpuBackend::load_mxfp4_blocks(Weight& weight, const HostTensor& blocks) {
   const uint8_t* source = static_cast<const uint8_t*>(blocks.data);
   pack_experts(pool_, weight, [&](uint8_t* panel, int64_t row, int64_t n) {
-    kernels_.pack_mxfp4_blocks(panel, source + row * weight.cols / 2, n, weight.cols, weight.gate_up);
+    kernels_.pack_mxfp4_blocks(panel, source + row * weight.cols / 2, n, weight.cols, weight.order == RowOrder::kGateUp);
   });
 }
 
 void CpuBackend::load_mxfp4_scales(Weight& weight, const HostTensor& scales) {
   const uint8_t* source = static_cast<const uint8_t*>(scales.data);
   pack_experts(pool_, weight, [&](uint8_t* panel, int64_t row, int64_t n) {
-    kernels_.pack_mxfp4_scales(panel, source + row * weight.cols / 32, n, weight.cols, weight.gate_up);
+    kernels_.pack_mxfp4_scales(panel, source + row * weight.cols / 32, n, weight.cols, weight.order == RowOrder::kGateUp);
   });
 }
 

@@ -66,6 +66,7 @@ class CudaBackend final : public Backend {
   void copy_in(void* device, const void* host, size_t bytes) override {
     use();
     rounded_of_ = nullptr;
+    dispatched_ = nullptr;
     CUDA_CHECK(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, *stream_));
     stream_->wait();  // the host's memory may go
   }
@@ -97,7 +98,7 @@ class CudaBackend final : public Backend {
     return format == WeightFormat::kTable ? rows * cols * 2
                                           : arranged_bytes(format == WeightFormat::kMxfp4, experts, rows, cols);
   }
-  Weight make_weight(WeightFormat format, int64_t experts, int64_t rows, int64_t cols, bool gate_up) override;
+  Weight make_weight(WeightFormat format, int64_t experts, int64_t rows, int64_t cols, RowOrder order) override;
   void load_rows(Weight& weight, int64_t first_row, const HostTensor& source) override;
   void load_mxfp4_blocks(Weight& weight, const HostTensor& blocks) override;
   void load_mxfp4_scales(Weight& weight, const HostTensor& scales) override;
@@ -124,19 +125,21 @@ class CudaBackend final : public Backend {
   void rope_append(Mat<float> q, const KvLayer& cache, Mat<const float> qkv, const RopeTable& rope, int64_t kv_heads) override {
     use();
     forget(q.data);
-    cuda::rope_append(q.data, static_cast<uint16_t*>(cache.keys), static_cast<uint16_t*>(cache.values), qkv.data, rope.cos.data,
-                      rope.sin.data, batch_, cache.window > 0, q.rows, q.cols / kHeadDim, kv_heads, *stream_);
+    cuda::rope_append(rope_args(q, cache, rope, kv_heads), qkv.data, q.rows, *stream_);
   }
   void attention(Mat<float> out, Mat<const float> q, const KvLayer& cache, const float* sinks, int64_t kv_heads) override;
   void route(Routing top, Mat<const float> t, const Weight& weight, const float* bias) override {
     use();
-    cuda::route(top.experts.data, top.weights.data, t.data, weight.storage.as<uint16_t>(), bias, t.rows, t.cols, weight.rows,
-                top.experts.cols, *stream_);
+    cuda::route(route_args(top, t, weight, bias), *stream_);
   }
   void moe_add(Mat<float> x, Mat<const float> t, const Routing& top, const ExpertWeights& experts) override;
   void ask_samples(const std::vector<SampleRequest>& requests) override;
   void draw_samples(Mat<float> logits) override;
   std::vector<Sample> take_samples(Mat<const float> logits) override;
+  void norm_qkv(Mat<float> q, const KvLayer& cache, Mat<const float> x, const Norm& norm, const Weight& weight,
+                const float* bias, const RopeTable& rope, int64_t kv_heads, Mat<float> t, Mat<float> qkv) override;
+  void norm_route(Routing top, Mat<float> t, Mat<const float> x, const Norm& norm, const Weight& weight,
+                  const float* bias) override;
 
  private:
   void use() const {
@@ -178,6 +181,12 @@ class CudaBackend final : public Backend {
     return result;
   }
 
+  MatmulArgs matmul_args(const Weight& weight, const float* bias, int64_t n) const;
+  RopeArgs rope_args(Mat<float> q, const KvLayer& cache, const RopeTable& rope, int64_t kv_heads) const;
+  RouteArgs route_args(Routing top, Mat<const float> x, const Weight& weight, const float* bias);
+  DispatchArgs dispatch_args(int64_t tile) const;
+  // Slots of a tile of the experts' products, by how many an expert meets on average.
+  int64_t expert_tile(int64_t slots, int64_t experts) const { return matmul_tile(ceil_div(slots, experts), expert_cols_); }
   void product(Mat<float> out, Mat<const float> t, const Weight& weight, const float* bias, Epilogue epilogue);
   int64_t pages_seen(int64_t window) const;
   void stage_batch(const Batch& batch, int64_t rows);
@@ -206,10 +215,14 @@ class CudaBackend final : public Backend {
   Buffer rounded_;  // [n, cols] bfloat16
   const float* rounded_of_ = nullptr;
   int64_t rounded_rows_ = 0, rounded_cols_ = 0;
-  Buffer partial_;                  // attention's parts
-  Buffer slots_, tiles_, n_tiles_;  // [n k]; [tiles]; [1]
-  Buffer hidden_;                   // [n k, I] bfloat16
-  Buffer outputs_;                  // [n k, H]
+  Buffer partial_;                       // attention's parts
+  Buffer slots_, tiles_, n_tiles_;       // [n k]; [tiles]; [1]
+  const int32_t* dispatched_ = nullptr;  // the ids that they are sorted by, until the experts have run
+  int64_t expert_cols_ = 0;              // the larger of H and I
+  Buffer router_logits_;                 // [n, E]
+  Buffer hidden_;                        // [n k, I] bfloat16
+  Buffer outputs_;                       // [n k, H]
+  Buffer counters_;                      // of blocks that have finished, all 0 between kernels
   // Sampling: number of rows and parameters; adjustments; results; work space.
   Buffer sample_params_, sample_adjustments_, sample_results_, sample_work_;
   Buffer sample_params_pinned_, sample_adjustments_pinned_, sample_results_pinned_;
@@ -220,19 +233,21 @@ class CudaBackend final : public Backend {
 
 // ------------------------------------------------------------------------------------------------------------ weights
 
-Weight CudaBackend::make_weight(WeightFormat format, int64_t experts, int64_t rows, int64_t cols, bool gate_up) {
-  Weight weight{format, experts, rows, cols, gate_up, {}};
+Weight CudaBackend::make_weight(WeightFormat format, int64_t experts, int64_t rows, int64_t cols, RowOrder order) {
+  Weight weight{format, experts, rows, cols, order, {}};
   CHECK(cols % 32 == 0, "a weight of ", cols, " inputs: they must be a multiple of 32");
   CHECK(experts == 1 || rows % 16 == 0, "expert matrices of ", rows, " rows: they must be a multiple of 16");
+  CHECK(order != RowOrder::kRopePairs || rows % kArrangedRows == 0, "heads of ", kArrangedRows, " rows, but ", rows, " rows");
   weight.storage = allocate(weight_bytes(format, experts, rows, cols));
   return weight;
 }
 
-// Sends n rows in parts of whole blocks of 16: arrange(device, first row, rows).
+// Sends n rows in parts of whole heads of 64: arrange(device, first row, rows).
 template <class Arrange>
 void CudaBackend::send_rows(const HostTensor& source, int64_t n, int64_t row_bytes, const Arrange& arrange) {
   use();
-  const int64_t step = std::max<int64_t>(16, static_cast<int64_t>(Stage::kBytes) / row_bytes / 16 * 16);
+  const int64_t whole = static_cast<int64_t>(Stage::kBytes) / row_bytes / kArrangedRows * kArrangedRows;
+  const int64_t step = std::max(kArrangedRows, whole);
   for (int64_t row = 0; row < n; row += step) {
     const int64_t now = std::min(step, n - row);
     const uint8_t* part = static_cast<const uint8_t*>(source.data) + row * row_bytes;
@@ -246,20 +261,21 @@ void CudaBackend::send_rows(const HostTensor& source, int64_t n, int64_t row_byt
 void CudaBackend::load_rows(Weight& weight, int64_t first_row, const HostTensor& source) {
   const int64_t cols = weight.cols;
   const bool table = weight.format == WeightFormat::kTable;
-  CHECK(table || first_row % 16 == 0, source.name, ": its rows start at ", first_row, ", inside a block of 16");
+  const int64_t block = weight.order == RowOrder::kRopePairs ? kArrangedRows : 16;
+  CHECK(table || first_row % block == 0, source.name, ": its rows start at ", first_row, ", inside a block of ", block);
   uint8_t* storage = weight.storage.as<uint8_t>();
   send_rows(source, source.shape[0], cols * 2, [&](const void* device, int64_t row, int64_t n) {
     if (table)
       CUDA_CHECK(
           cudaMemcpyAsync(storage + (first_row + row) * cols * 2, device, n * cols * 2, cudaMemcpyDeviceToDevice, *stream_));
     else
-      arrange_bf16(storage, static_cast<const uint16_t*>(device), first_row + row, n, cols, *stream_);
+      arrange_bf16(storage, static_cast<const uint16_t*>(device), first_row + row, n, cols, weight.order, *stream_);
   });
 }
 
 void CudaBackend::load_mxfp4_blocks(Weight& weight, const HostTensor& blocks) {
   send_rows(blocks, weight.experts * weight.rows, weight.cols / 2, [&](const void* device, int64_t row, int64_t n) {
-    arrange_mxfp4(weight.storage.as<uint8_t>(), static_cast<const uint8_t*>(device), row, n, weight.cols, weight.gate_up,
+    arrange_mxfp4(weight.storage.as<uint8_t>(), static_cast<const uint8_t*>(device), row, n, weight.cols, weight.order,
                   *stream_);
   });
 }
@@ -267,7 +283,7 @@ void CudaBackend::load_mxfp4_blocks(Weight& weight, const HostTensor& blocks) {
 void CudaBackend::load_mxfp4_scales(Weight& weight, const HostTensor& scales) {
   uint8_t* storage = weight.storage.as<uint8_t>() + arranged_scales_offset(weight.experts, weight.rows, weight.cols);
   send_rows(scales, weight.experts * weight.rows, weight.cols / 32, [&](const void* device, int64_t row, int64_t n) {
-    arrange_scales(storage, static_cast<const uint8_t*>(device), row, n, weight.cols, weight.gate_up, *stream_);
+    arrange_scales(storage, static_cast<const uint8_t*>(device), row, n, weight.cols, weight.order, *stream_);
   });
 }
 
@@ -277,10 +293,14 @@ void CudaBackend::for_each_buffer(const ModelConfig& config, const Limits& limit
   take(integers_, batch_integers(limits) * 4);
   take(rounded_, n * round_up(std::max(config.hidden_size, config.q_size()), 64) * 2);
   take(slots_, slots * 4);
-  take(tiles_, (slots / 8 + std::min(slots, config.n_experts) + 1) * static_cast<int64_t>(sizeof(TokenTile)));
+  take(tiles_, max_tiles(slots, config.n_experts, kNarrowTile) * static_cast<int64_t>(sizeof(TokenTile)));
   take(n_tiles_, 4);
+  take(router_logits_, n * config.n_experts * 4);
   take(hidden_, slots * round_up(config.intermediate_size, 64) * 2);
   take(outputs_, slots * config.hidden_size * 4);
+  // Narrow tiles are for tokens of which experts meet no more than one tile each on average.
+  const int64_t few = std::min(n, kNarrowTile * config.n_experts / config.experts_per_token), H = config.hidden_size;
+  take(counters_, 4 * std::max({n + 1, combine_counters(few, H, kNarrowTile), combine_counters(n, H, kWideTile)}));
   const int64_t logit_rows = limits.logit_rows();
   take(sample_params_, 16 + logit_rows * static_cast<int64_t>(sizeof(SampleParams)));
   take(sample_adjustments_, kMostAdjustments * static_cast<int64_t>(sizeof(StagedAdjustment)));
@@ -303,12 +323,14 @@ void CudaBackend::reserve(const ModelConfig& config, const Limits& limits) {
   max_rows_ = std::min(limits.batch_tokens, limits.sequences);
   max_logit_rows_ = limits.logit_rows();
   context_pages_ = ceil_div(limits.context, kPageTokens);
+  expert_cols_ = std::max(config.hidden_size, config.intermediate_size);
   for_each_buffer(config, limits, [this](Buffer& buffer, int64_t bytes) { ensure(buffer, bytes); });
   pinned_ = pinned_memory(integers_.bytes());
   sample_params_pinned_ = pinned_memory(sample_params_.bytes());
   sample_adjustments_pinned_ = pinned_memory(sample_adjustments_.bytes());
   sample_results_pinned_ = pinned_memory(sample_results_.bytes());
   CUDA_CHECK(cudaMemsetAsync(hidden_.data(), 0, hidden_.bytes(), *stream_));  // columns past the end stay 0
+  CUDA_CHECK(cudaMemsetAsync(counters_.data(), 0, counters_.bytes(), *stream_));
 }
 
 // ------------------------------------------------------------------------------------------------------------ a step
@@ -324,6 +346,7 @@ int64_t CudaBackend::batch_integers(const Limits& limits) {
 void CudaBackend::stage_batch(const Batch& batch, int64_t rows) {
   use();
   rounded_of_ = nullptr;
+  dispatched_ = nullptr;
   const int64_t n = batch.n_tokens(), padding = rows - n, sequences = static_cast<int64_t>(batch.sequences.size()) + padding;
   CHECK(rows <= max_tokens_, "a step takes at most ", max_tokens_, " tokens, not ", n);
   int64_t count = 2 + 3 * rows + 2 * sequences;
@@ -394,19 +417,58 @@ void CudaBackend::rmsnorm(Mat<float> t, Mat<const float> x, const float* weight,
   remember({t.data, t.rows, t.cols});
 }
 
-void CudaBackend::product(Mat<float> out, Mat<const float> t, const Weight& weight, const float* bias, Epilogue epilogue) {
-  use();
+MatmulArgs CudaBackend::matmul_args(const Weight& weight, const float* bias, int64_t n) const {
   MatmulArgs args;
-  args.x = rounded_input(t);
   args.codes = weight.storage.as<uint8_t>();
   args.scales = args.codes + arranged_scales_offset(weight.experts, weight.rows, weight.cols);
   args.rows = weight.rows;
   args.cols = weight.cols;
-  args.n = t.rows;
+  args.order = weight.order;
+  args.n = n;
   args.bias = bias;
+  return args;
+}
+
+void CudaBackend::product(Mat<float> out, Mat<const float> t, const Weight& weight, const float* bias, Epilogue epilogue) {
+  use();
+  MatmulArgs args = matmul_args(weight, bias, t.rows);
+  args.x = rounded_input(t);
   args.out = out.data;
-  matmul(args, weight.format == WeightFormat::kMxfp4, epilogue, matmul_tile(t.rows), *stream_);
+  matmul(args, weight.format == WeightFormat::kMxfp4, epilogue, matmul_tile(t.rows, t.cols), *stream_);
   forget(out.data);
+}
+
+RopeArgs CudaBackend::rope_args(Mat<float> q, const KvLayer& cache, const RopeTable& rope, int64_t kv_heads) const {
+  RopeArgs args;
+  args.q = q.data;
+  args.keys = static_cast<uint16_t*>(cache.keys);
+  args.values = static_cast<uint16_t*>(cache.values);
+  args.cos = rope.cos.data;
+  args.sin = rope.sin.data;
+  args.batch = batch_;
+  args.window = cache.window > 0;
+  args.heads = static_cast<int32_t>(q.cols / kHeadDim);
+  args.kv_heads = static_cast<int32_t>(kv_heads);
+  return args;
+}
+
+// Few rows are normed by every block of the product; more, once before it.
+void CudaBackend::norm_qkv(Mat<float> q, const KvLayer& cache, Mat<const float> x, const Norm& norm, const Weight& weight,
+                           const float* bias, const RopeTable& rope, int64_t kv_heads, Mat<float> t, Mat<float>) {
+  use();
+  CHECK(weight.order == RowOrder::kRopePairs, "norm_qkv takes a weight whose rows are ordered for the rotation");
+  MatmulArgs args = matmul_args(weight, bias, x.rows);
+  args.rope = rope_args(q, cache, rope, kv_heads);
+  const int64_t tile = matmul_tile(x.rows, x.cols);
+  if (tile != kNarrowTile) {
+    rmsnorm(t, x, norm.weight, norm.eps, nullptr);
+    args.x = rounded_input({t.data, t.rows, t.cols});
+  }
+  args.residual = x.data;
+  args.norm_weight = norm.weight;
+  args.eps = norm.eps;
+  matmul(args, false, Epilogue::kRope, tile, *stream_);
+  forget(q.data);
 }
 
 // Pages that one row of the batch can see, at most: of a window, a constant; of all, rounded up to a power of two, so that
@@ -438,44 +500,76 @@ void CudaBackend::attention(Mat<float> out, Mat<const float> q, const KvLayer& c
   remember({out.data, out.rows, out.cols});
 }
 
+RouteArgs CudaBackend::route_args(Routing top, Mat<const float> x, const Weight& weight, const float* bias) {
+  dispatched_ = nullptr;
+  RouteArgs args;
+  args.ids = top.experts.data;
+  args.weights = top.weights.data;
+  args.x = x.data;
+  args.router = weight.storage.as<uint16_t>();
+  args.bias = bias;
+  args.n = x.rows;
+  args.hidden = x.cols;
+  args.experts = weight.rows;
+  args.k = top.experts.cols;
+  args.logits = router_logits_.as<float>();
+  args.counters = counters_.as<unsigned>();
+  return args;
+}
+
+DispatchArgs CudaBackend::dispatch_args(int64_t tile) const {
+  return {slots_.as<int32_t>(), tiles_.as<TokenTile>(), n_tiles_.as<int32_t>(), static_cast<int32_t>(tile)};
+}
+
+void CudaBackend::norm_route(Routing top, Mat<float> t, Mat<const float> x, const Norm& norm, const Weight& weight,
+                             const float* bias) {
+  use();
+  RouteArgs args = route_args(top, x, weight, bias);
+  args.norm_weight = norm.weight;
+  args.eps = norm.eps;
+  args.t = t.data;
+  args.rounded = rounded(t.rows, t.cols);
+  const int64_t slots = top.experts.size();
+  if (routes_and_dispatches(slots)) {
+    args.dispatch = dispatch_args(expert_tile(slots, weight.rows));
+    dispatched_ = top.experts.data;
+  }
+  cuda::route(args, *stream_);
+  remember({t.data, t.rows, t.cols});
+}
+
 void CudaBackend::moe_add(Mat<float> x, Mat<const float> t, const Routing& top, const ExpertWeights& experts) {
   use();
   const Weight &gate_up = *experts.gate_up, &down = *experts.down;
   const int64_t k = top.experts.cols, slots = t.rows * k, n_experts = gate_up.experts;
-  const int64_t tile = matmul_tile(ceil_div(slots, n_experts));
-  const Rounded hidden = {hidden_.as<uint16_t>(), round_up(down.cols, 64)};
-  MatmulArgs args;
-  args.x = rounded_input(t);
-  args.tiles = tiles_.as<TokenTile>();
-  args.n_tiles = n_tiles_.as<int32_t>();
-  args.max_tiles = slots / tile + std::min(slots, n_experts);
-  args.slots = slots_.as<int32_t>();
-  dispatch(slots_.as<int32_t>(), tiles_.as<TokenTile>(), n_tiles_.as<int32_t>(), top.experts.data, slots, n_experts, tile,
-           *stream_);
-
-  MatmulArgs up = args;
-  up.codes = gate_up.storage.as<uint8_t>();
-  up.scales = up.codes + arranged_scales_offset(n_experts, gate_up.rows, gate_up.cols);
-  up.rows = gate_up.rows;
-  up.cols = gate_up.cols;
-  up.n = slots;
-  up.bias = experts.gate_up_bias;
+  const int64_t tile = expert_tile(slots, n_experts);
+  const DispatchArgs sorted = dispatch_args(tile);
+  const Rounded rows = rounded_input(t), hidden = {hidden_.as<uint16_t>(), round_up(down.cols, 64)};
+  if (dispatched_ != top.experts.data) dispatch(sorted, top.experts.data, slots, n_experts, *stream_);
+  dispatched_ = nullptr;
+  const auto grouped = [&](const Weight& weight, const float* bias) {
+    MatmulArgs args = matmul_args(weight, bias, t.rows);
+    args.tiles = sorted.tiles;
+    args.n_tiles = sorted.n_tiles;
+    args.max_tiles = max_tiles(slots, n_experts, tile);
+    args.slots = sorted.slots;
+    args.choices = static_cast<int32_t>(k);
+    return args;
+  };
+  MatmulArgs up = grouped(gate_up, experts.gate_up_bias);
+  up.x = rows;
+  up.gather = true;
   up.hidden = hidden;
   up.limit = experts.swiglu_limit;
-  up.gather = static_cast<int32_t>(k);
   matmul(up, true, Epilogue::kSwiglu, tile, *stream_);
 
-  args.x = hidden;
-  args.codes = down.storage.as<uint8_t>();
-  args.scales = args.codes + arranged_scales_offset(n_experts, down.rows, down.cols);
-  args.rows = down.rows;
-  args.cols = down.cols;
-  args.n = slots;
-  args.bias = experts.down_bias;
-  args.out = outputs_.as<float>();
-  args.scatter = true;
-  matmul(args, true, Epilogue::kStore, tile, *stream_);
-  combine(x.data, outputs_.as<float>(), top.weights.data, t.rows, k, x.cols, *stream_);
+  MatmulArgs last = grouped(down, experts.down_bias);
+  last.x = hidden;
+  last.out = x.data;
+  last.parts = outputs_.as<float>();
+  last.shares = top.weights.data;
+  last.counters = counters_.as<unsigned>();
+  matmul(last, true, Epilogue::kCombine, tile, *stream_);
   forget(x.data);
 }
 

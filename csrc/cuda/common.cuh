@@ -225,6 +225,25 @@ __device__ __forceinline__ uint4 load_once(const uint4* address) {
 #endif
 }
 
+// Starts bringing what is there from memory to the second-level cache.
+__device__ __forceinline__ void prefetch([[maybe_unused]] const void* address) {
+#ifndef GPTOSS_CUDA_EMULATE
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+#endif
+}
+
+// -------------------------------------------------------------------------------------------------- blocks that finish
+
+// Counts the calling thread among n that come to this counter; whether it is the last. What each of them wrote before it came,
+// and what its block wrote before a barrier that it passed, can be read by the last, and after another barrier by its block.
+// The counter starts at 0 and is 0 again after the last. Only after wait_for_previous(), as any other memory.
+__device__ __forceinline__ bool comes_last(unsigned* counter, unsigned n) {
+  __threadfence();
+  const bool last = atomicInc(counter, n - 1) == n - 1;
+  __threadfence();
+  return last;
+}
+
 // ---------------------------------------------------------------------------------------------------------- reductions
 
 __device__ __forceinline__ float warp_sum(float value) {

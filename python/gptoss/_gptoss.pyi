@@ -277,6 +277,49 @@ class Ops:
         bias f32 [E, 2I]; down blocks u8 [E, H, I/32, 16], scales u8 [E, H, I/32], bias f32 [E, H].
         """
 
+    def qkv_attention(
+        self,
+        out: DLPackTensor,
+        q: DLPackTensor,
+        x: DLPackTensor,
+        norm: DLPackTensor,
+        eps: float,
+        weight: DLPackTensor,
+        bias: DLPackTensor,
+        positions: DLPackTensor,
+        sequence_lengths: list[int],
+        sinks: DLPackTensor,
+        window: int,
+        config: Config,
+        chunk: int,
+        fused: bool,
+    ) -> None:
+        """`attention` of qkv = rmsnorm(x f32 [n, H], norm f32 [H]) weight bf16 [M, H]^T + bias.
+
+        Also writes the rotated queries, q f32 [n, n_heads * 64]. By the fused operation, or by the
+        narrow ones one after the other.
+        """
+
+    def mlp(
+        self,
+        x: DLPackTensor,
+        t: DLPackTensor,
+        ids: DLPackTensor,
+        weights: DLPackTensor,
+        norm: DLPackTensor,
+        eps: float,
+        router: DLPackTensor,
+        router_bias: DLPackTensor,
+        experts: list[DLPackTensor],
+        limit: float,
+        fused: bool,
+    ) -> None:
+        """x f32 [n, H] += `moe` of t = rmsnorm(x, norm f32 [H]) by its `route`, all written.
+
+        experts: gate_up blocks, scales, bias, down blocks, scales, bias. By the fused operation for
+        norm and route, or by the narrow ones one after the other.
+        """
+
     def mxfp4_linear(
         self, out: DLPackTensor, x: DLPackTensor, blocks: DLPackTensor, scales: DLPackTensor
     ) -> None:

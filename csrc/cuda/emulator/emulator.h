@@ -126,6 +126,10 @@ template <class T>
 T atomicAdd(T* address, T value) {
   return std::exchange(*address, *address + value);
 }
+inline unsigned atomicInc(unsigned* address, unsigned last) {  // back to 0 after `last`
+  return std::exchange(*address, *address >= last ? 0 : *address + 1);
+}
+inline void __threadfence() {}
 inline float __uint_as_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, 4);
