@@ -133,6 +133,7 @@ class CudaBackend final : public Backend {
 
   void product(Mat<float> out, Mat<const float> t, const Weight& weight, const float* bias, Epilogue epilogue);
   int64_t pages_seen(int64_t window) const;
+  void reserve_attention(int64_t rows, int64_t heads, int64_t kv_heads, int64_t context);
   template <class Arrange>
   void send_rows(const HostTensor& source, int64_t n, int64_t row_bytes, const Arrange& arrange);
 
@@ -149,7 +150,7 @@ class CudaBackend final : public Backend {
   Buffer rounded_;  // [n, cols] bfloat16
   const float* rounded_of_ = nullptr;
   int64_t rounded_rows_ = 0, rounded_cols_ = 0;
-  Buffer partial_;                  // attention's parts
+  Buffer attention_space_;          // see attention_workspace_bytes
   Buffer slots_, tiles_, n_tiles_;  // [n k]; [tiles]; [1]
   Buffer hidden_;                   // [n k, I] bfloat16
   Buffer outputs_;                  // [n k, H]
@@ -217,16 +218,35 @@ void CudaBackend::reserve(const ModelConfig& config) {
   ensure(hidden_, slots * round_up(config.intermediate_size, 64) * 2);
   CUDA_CHECK(cudaMemsetAsync(hidden_.data(), 0, hidden_.bytes(), *stream_));  // columns past the end stay 0
   ensure(outputs_, slots * config.hidden_size * 4);
+  reserve_attention(n, config.n_heads, config.n_kv_heads, config.max_context);
 }
 
 // ------------------------------------------------------------------------------------------------------------ a step
+
+// How attention takes the rows: those of a sequence with many new ones in blocks (first row, rows), the others one by one.
+struct CutRows {
+  std::vector<int32_t> row_blocks, single_rows;
+};
+CutRows cut_rows(const Batch& batch) {
+  CutRows cut;
+  for (const BatchSequence& s : batch.sequences) {
+    const int64_t step = s.n_rows > kFewRows ? kRowBlock : 1;
+    for (int64_t i = 0; i < s.n_rows; i += step) {
+      std::vector<int32_t>& to = step == 1 ? cut.single_rows : cut.row_blocks;
+      to.push_back(static_cast<int32_t>(s.first_row + i));
+      if (step > 1) to.push_back(static_cast<int32_t>(std::min(step, s.n_rows - i)));
+    }
+  }
+  return cut;
+}
 
 void CudaBackend::begin(const Batch& batch) {
   use();
   rounded_of_ = nullptr;
   const int64_t n = batch.n_tokens(), sequences = static_cast<int64_t>(batch.sequences.size());
   CHECK(n <= max_tokens_, "a step takes at most ", max_tokens_, " tokens, not ", n);
-  int64_t count = 3 * n + 2 * sequences;
+  const auto [row_blocks, single_rows] = cut_rows(batch);
+  int64_t count = 3 * n + 2 * sequences + static_cast<int64_t>(row_blocks.size() + single_rows.size());
   for (const BatchSequence& s : batch.sequences)
     count += static_cast<int64_t>(s.full_pages->pages.size() + s.window_pages->pages.size());
   batch_copied_->wait();
@@ -258,6 +278,10 @@ void CudaBackend::begin(const Batch& batch) {
   batch_.full_base = put(full_base);
   batch_.window_base = put(window_base);
   batch_.pages = put(pages);
+  batch_.row_blocks = reinterpret_cast<const RowBlock*>(put(row_blocks));
+  batch_.single_rows = put(single_rows);
+  batch_.n_row_blocks = static_cast<int64_t>(row_blocks.size()) / 2;
+  batch_.n_single_rows = static_cast<int64_t>(single_rows.size());
   CUDA_CHECK(cudaMemcpyAsync(integers_.data(), pinned_.data(), count * 4, cudaMemcpyHostToDevice, *stream_));
   batch_copied_->record(*stream_);
 }
@@ -296,6 +320,13 @@ int64_t CudaBackend::pages_seen(int64_t window) const {
   return window ? std::min(all, ceil_div(window - 1, kPageTokens) + 1) : all;
 }
 
+void CudaBackend::reserve_attention(int64_t rows, int64_t heads, int64_t kv_heads, int64_t context) {
+  const int64_t bytes = attention_workspace_bytes(rows, heads, kv_heads, context);
+  if (static_cast<int64_t>(attention_space_.bytes()) >= bytes) return;
+  ensure(attention_space_, bytes);
+  CUDA_CHECK(cudaMemsetAsync(attention_space_.data(), 0, bytes, *stream_));
+}
+
 void CudaBackend::attention(Mat<float> out, Mat<const float> q, const KvLayer& cache, const float* sinks, int64_t kv_heads) {
   use();
   AttentionArgs args;
@@ -306,13 +337,14 @@ void CudaBackend::attention(Mat<float> out, Mat<const float> q, const KvLayer& c
   args.values = static_cast<const uint16_t*>(cache.values);
   args.sinks = sinks;
   args.batch = batch_;
-  args.n = q.rows;
   args.heads = q.cols / kHeadDim;
   args.kv_heads = kv_heads;
   args.window = cache.window;
   args.max_pages = pages_seen(cache.window);
-  ensure(partial_, attention_partial_bytes(args));
-  args.partial = partial_.as<float>();
+  args.multiprocessors = properties_.multiProcessorCount;
+  reserve_attention(batch_.n_single_rows, args.heads, kv_heads, args.max_pages * kPageTokens);
+  args.workspace = attention_space_.data();
+  args.workspace_bytes = static_cast<int64_t>(attention_space_.bytes());
   cuda::attention(args, *stream_);
   remember({out.data, out.rows, out.cols});
 }

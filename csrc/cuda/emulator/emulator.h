@@ -121,6 +121,7 @@ unsigned __ballot_sync(unsigned, int predicate);
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == 0xffffffffu; }
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
+inline void __threadfence() {}  // blocks run one after the other
 inline int atomicAdd(int* address, int value) { return std::exchange(*address, *address + value); }
 inline float __uint_as_float(uint32_t bits) {
   float value;
