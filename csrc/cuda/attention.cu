@@ -22,6 +22,9 @@
 // the lower halves).
 #include "cuda/attention.cuh"
 
+#include <algorithm>
+#include <bit>
+
 namespace gptoss::cuda {
 namespace {
 
@@ -36,7 +39,8 @@ struct Part {
   float4 o[kRowWarps][kWarp];
   float2 l[kWarp], m[4];
 };
-constexpr int64_t kMaxUnits = 1024, kCounterBytes = kMaxUnits * 4;  // units that are split; how many spans of each are there
+constexpr int64_t kMaxUnits = 1024;               // that are split; their parts take 76 MB at most
+constexpr int64_t kCounterBytes = kMaxUnits * 4;  // how many spans of each are there
 
 struct RowShared {
   uint8_t keys[2][kPageBytes], values[2][kPageBytes];  // two pages on their way
@@ -344,9 +348,7 @@ __global__ void __launch_bounds__(kBlockWarps* kWarp, 1) attention_blocks_kernel
 // -------------------------------------------------------------------------------------------------------------- launches
 
 int64_t passes_of(int64_t heads, int64_t kv_heads) { return ceil_div(heads / kv_heads, kHeads); }
-int64_t parts_bytes(int64_t max_pages) {
-  return (max_pages < kMaxSpans ? max_pages : kMaxSpans) * static_cast<int64_t>(sizeof(Part));
-}
+int64_t parts_bytes(int64_t max_pages) { return std::min<int64_t>(max_pages, kMaxSpans) * static_cast<int64_t>(sizeof(Part)); }
 
 // Blocks a unit: as many as fill the card about once, each with a page or more; and so many that a long row among many has
 // no block of more than 32 pages. One where there is no work space for parts. A function of the launch's size alone.
@@ -355,8 +357,7 @@ int64_t count_slices(const AttentionArgs& a, int64_t n_units) {
   if (a.max_pages <= kWholePages || n_units > kMaxUnits) return 1;
   if (kCounterBytes + n_units * parts_bytes(a.max_pages) > a.workspace_bytes) return 1;
   const int64_t filling = kBlocksPerMultiprocessor * a.multiprocessors / n_units, least = ceil_div(a.max_pages, 32);
-  const int64_t most = a.max_pages < kMaxSpans ? a.max_pages : kMaxSpans, slices = filling > least ? filling : least;
-  return slices < most ? slices : most;
+  return std::min({std::max(filling, least), a.max_pages, int64_t{kMaxSpans}});
 }
 
 template <class Shared>
@@ -369,11 +370,11 @@ Launch launch_of(int64_t x, int64_t y, int64_t z, int warps, cudaStream_t stream
 }  // namespace
 
 int64_t attention_workspace_bytes(int64_t max_rows, int64_t heads, int64_t kv_heads, int64_t max_context) {
-  constexpr int64_t kMaxBytes = int64_t{256} << 20;
-  const int64_t per_unit = parts_bytes(ceil_div(max_context, kPage)), fitting = (kMaxBytes - kCounterBytes) / per_unit;
-  int64_t units = max_rows * kv_heads * passes_of(heads, kv_heads);
-  if (units > kMaxUnits) units = kMaxUnits;
-  return kCounterBytes + (units < fitting ? units : fitting) * per_unit;
+  // Whoever replays launches rounds their sizes up to powers of two.
+  const auto rounded = [](int64_t n) { return static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(n))); };
+  const int64_t per_unit = parts_bytes(rounded(ceil_div(max_context, kPage)));
+  const int64_t units = rounded(max_rows) * kv_heads * passes_of(heads, kv_heads);
+  return kCounterBytes + std::min(units, kMaxUnits) * per_unit;
 }
 
 void attention(const AttentionArgs& args, cudaStream_t stream) {
@@ -384,7 +385,7 @@ void attention(const AttentionArgs& args, cudaStream_t stream) {
            static_cast<int>(passes));
   if (rows > 0)
     launch(launch_of<RowShared>(rows, units, count_slices(args, rows * units), kRowWarps, stream), attention_rows_kernel, args,
-           group, static_cast<int>(passes), static_cast<int>(args.max_pages < kMaxSpans ? args.max_pages : kMaxSpans));
+           group, static_cast<int>(passes), static_cast<int>(std::min<int64_t>(args.max_pages, kMaxSpans)));
 }
 
 }  // namespace gptoss::cuda

@@ -2,7 +2,7 @@
 //
 // The operations that feed a product (rmsnorm, attention) write their result rounded to bfloat16 besides, so that the product
 // that follows reads it; a product of other rows rounds them first. Work space is taken by reserve(); an operation outside a
-// model, or one that needs more (attention over many pages), takes more when it first needs it.
+// model takes it when it first needs it.
 #include "backend.h"
 
 #include <algorithm>
