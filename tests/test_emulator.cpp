@@ -191,6 +191,36 @@ void test_mma() {
   CHECK(c == expected, "mma: ", c, " is not ", expected);
 }
 
+// 32 rows of 8 numbers, in an order of their own: row r of matrix m is row 5 (8 m + r) % 32 in memory.
+void matrices_kernel(uint32_t* plain, uint32_t* transposed, uint32_t* moved) {
+  wait_for_previous();
+  uint16_t* rows = shared_memory<uint16_t>();
+  const int lane = static_cast<int>(threadIdx.x), place = 5 * lane % 32;
+  for (int i = 0; i < 8; ++i) rows[place * 8 + i] = static_cast<uint16_t>(lane * 8 + i);  // row lane % 8 of matrix lane / 8
+  __syncwarp();
+  const FragmentA a = ldmatrix<false>(rows + place * 8), t = ldmatrix<true>(rows + place * 8);
+  const uint32_t words[] = {a.a0, a.a1, a.a2, a.a3}, columns[] = {t.a0, t.a1, t.a2, t.a3};
+  for (int m = 0; m < 4; ++m) {
+    plain[m * 32 + lane] = words[m];
+    transposed[m * 32 + lane] = columns[m];
+    moved[m * 32 + lane] = movmatrix(words[m]);
+  }
+}
+
+// PTX manual, "ldmatrix": thread 4 r + c holds elements 2 c and 2 c + 1 of row r; with .trans, of column r.
+void test_matrices() {
+  std::array<uint32_t, 128> plain, transposed, moved;
+  launch({dim3(1), dim3(32), 512}, matrices_kernel, plain.data(), transposed.data(), moved.data());
+  for (uint32_t i = 0; i < 128; ++i) {
+    const uint32_t matrix = i / 32 * 64, r = i % 32 / 4, c = i % 4 * 2;
+    const uint32_t row = (matrix + r * 8 + c) | (matrix + r * 8 + c + 1) << 16;
+    const uint32_t column = (matrix + c * 8 + r) | (matrix + (c + 1) * 8 + r) << 16;
+    CHECK(plain[i] == row, "ldmatrix: word ", i, " is ", plain[i], ", not ", row);
+    CHECK(transposed[i] == column, "ldmatrix.trans: word ", i, " is ", transposed[i], ", not ", column);
+    CHECK(moved[i] == column, "movmatrix: word ", i, " is ", moved[i], ", not ", column);
+  }
+}
+
 void test_rounding() {
   CHECK(pack_bf16(1.f, -2.f) == 0xc0003f80u, "1 and -2");
   CHECK((pack_bf16(1.00390625f, 1.01171875f) == 0x3f823f80u), "halves go to even");
@@ -323,6 +353,7 @@ int main() {
       test_shared_memory_is_nan();
       test_copies_are_late();
       test_mma();
+      test_matrices();
     }
     set_seed(0);
     test_race_shows();

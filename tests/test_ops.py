@@ -237,7 +237,8 @@ def test_swiglu_limit_is_read(ops: _gptoss.Ops) -> None:
         assert_same_rounding(out, plain, exact, share=0.05)
 
 
-HEADS = ((1, 1), (3, 3), (4, 2), (8, 1), (16, 2), (12, 1))  # query heads, key/value heads
+# query heads, key/value heads
+HEADS = ((1, 1), (3, 3), (4, 2), (4, 1), (8, 1), (16, 2), (12, 1), (16, 1))
 RAGGED = ((1,), (129, 2, 1, 127, 128), (520,))
 
 
@@ -301,6 +302,44 @@ def test_attention(
     assert_bitwise([together, torch.cat(alone)])
     assert_bitwise([together, *(run(threads=threads) for threads in THREADS)])
     assert_bitwise([together, *(run(chunk=chunk) for chunk in (9, 64, 128))])
+
+
+@pytest.mark.parametrize("lengths", ((1001,), (600, 130, 1, 64, 257)), ids=str)
+@pytest.mark.parametrize("window", (0, 128))
+def test_attention_row_by_row(ops: _gptoss.Ops, window: int, lengths: tuple[int, ...]) -> None:
+    """A prompt at once, a few rows of each sequence at a time and one row are the same bits."""
+    config, qkv, sinks, plain, exact = attention_case(2, 2, window, lengths)
+    together, few, single = (
+        run_attention(ops, qkv, lengths, sinks, window, config, chunk) for chunk in (0, 8, 1)
+    )
+    assert_same_rounding(single, plain, exact, share=0.05)
+    assert_bitwise([together, few, single])
+
+
+def test_attention_in_long_sequences(ops: _gptoss.Ops) -> None:
+    """Over more pages than there are parts of a row: the last rows in a prompt, and alone."""
+    config, n = small(1, n_heads=8, n_kv_heads=1), 4200
+    qkv, sinks = random_qkv(n, config, seeded(6)), normal(8, generator=seeded(7), std=3.0)
+    together = run_attention(ops, qkv, [n], sinks, 0, config)
+    assert_bitwise([together, run_attention(ops, qkv, [n], sinks, 0, config, chunk=n - 1)])
+    plain = reference.attention(qkv, sinks, 0, config, ENGINE)
+    exact = reference.attention(qkv, sinks, 0, config, EXACT)
+    assert_same_rounding(together, plain, exact, share=0.05)
+
+
+@pytest.mark.parametrize("chunk", (1, 64))
+def test_attention_does_not_read_the_unseen(ops: _gptoss.Ops, chunk: int) -> None:
+    """NaN in keys and values that a row cannot see: later ones of the same page, those before its
+    window, and what lies in a page that another sequence has given back."""
+    config, lengths, window = small(1, n_heads=8, n_kv_heads=2), (400, 300), 128
+    qkv, sinks = random_qkv(700, config, seeded(8)), normal(8, generator=seeded(9))
+    clean = run_attention(ops, qkv, lengths, sinks, window, config, chunk)
+    qkv[:100, 8 * 64 :] = torch.nan  # the first sequence; gone when row 256 takes a page
+    qkv[350, 8 * 64 :] = torch.nan
+    out = run_attention(ops, qkv, lengths, sinks, window, config, chunk)
+    assert out[:100].isnan().all() and out[350:400].isnan().all()
+    for rows in (slice(99 + window, 350), slice(400, 700)):
+        assert_bitwise([out[rows], clean[rows]])
 
 
 @pytest.mark.parametrize("window", (0, 128))

@@ -194,6 +194,7 @@ class CudaBackend final : public Backend {
   template <class Take>
   void for_each_buffer(const ModelConfig& config, const Limits& limits, const Take& take);
   static int64_t batch_integers(const Limits& limits);
+  void reserve_attention(int64_t rows, int64_t heads, int64_t kv_heads, int64_t context);
   template <class Arrange>
   void send_rows(const HostTensor& source, int64_t n, int64_t row_bytes, const Arrange& arrange);
 
@@ -215,7 +216,7 @@ class CudaBackend final : public Backend {
   Buffer rounded_;  // [n, cols] bfloat16
   const float* rounded_of_ = nullptr;
   int64_t rounded_rows_ = 0, rounded_cols_ = 0;
-  Buffer partial_;                       // attention's parts
+  Buffer attention_space_;               // see attention_workspace_bytes
   Buffer slots_, tiles_, n_tiles_;       // [n k]; [tiles]; [1]
   const int32_t* dispatched_ = nullptr;  // the ids that they are sorted by, until the experts have run
   int64_t expert_cols_ = 0;              // the larger of H and I
@@ -306,16 +307,7 @@ void CudaBackend::for_each_buffer(const ModelConfig& config, const Limits& limit
   take(sample_adjustments_, kMostAdjustments * static_cast<int64_t>(sizeof(StagedAdjustment)));
   take(sample_results_, logit_rows * static_cast<int64_t>(sizeof(SampleResult)));
   take(sample_work_, sample_workspace_bytes(logit_rows, config.vocab_size));
-  int64_t partial = 0;
-  AttentionArgs args;
-  args.heads = config.n_heads;
-  args.kv_heads = config.n_kv_heads;
-  for (args.n = 1; args.n <= n && args.heads > 0; ++args.n)
-    for (int64_t pages = 1; pages < 2 * ceil_div(limits.context, kPageTokens); pages *= 2) {
-      args.max_pages = std::min(pages, ceil_div(limits.context, kPageTokens));
-      partial = std::max(partial, attention_partial_bytes(args));
-    }
-  take(partial_, partial);
+  take(attention_space_, attention_workspace_bytes(n, config.n_heads, config.n_kv_heads, limits.context));
 }
 
 void CudaBackend::reserve(const ModelConfig& config, const Limits& limits) {
@@ -331,14 +323,34 @@ void CudaBackend::reserve(const ModelConfig& config, const Limits& limits) {
   sample_results_pinned_ = pinned_memory(sample_results_.bytes());
   CUDA_CHECK(cudaMemsetAsync(hidden_.data(), 0, hidden_.bytes(), *stream_));  // columns past the end stay 0
   CUDA_CHECK(cudaMemsetAsync(counters_.data(), 0, counters_.bytes(), *stream_));
+  CUDA_CHECK(cudaMemsetAsync(attention_space_.data(), 0, attention_space_.bytes(), *stream_));
 }
 
 // ------------------------------------------------------------------------------------------------------------ a step
 
+// How attention takes the rows: those of a sequence with many new ones in blocks (first row, rows), the others one by one. A
+// batch of single tokens has no lists: all its rows are taken one by one.
+struct CutRows {
+  std::vector<int32_t> row_blocks, single_rows;
+};
+CutRows cut_rows(const Batch& batch) {
+  CutRows cut;
+  if (batch.is_decode()) return cut;
+  for (const BatchSequence& s : batch.sequences) {
+    const int64_t step = s.n_rows > kFewRows ? kRowBlock : 1;
+    for (int64_t i = 0; i < s.n_rows; i += step) {
+      std::vector<int32_t>& to = step == 1 ? cut.single_rows : cut.row_blocks;
+      to.push_back(static_cast<int32_t>(s.first_row + i));
+      if (step > 1) to.push_back(static_cast<int32_t>(std::min(step, s.n_rows - i)));
+    }
+  }
+  return cut;
+}
+
 // The most that stage_batch writes.
 int64_t CudaBackend::batch_integers(const Limits& limits) {
   const int64_t pages = ceil_div(limits.context, kPageTokens);
-  return 2 + 3 * limits.batch_tokens + 2 * limits.sequences + 2 * limits.sequences * pages;
+  return 2 + 5 * limits.batch_tokens + 2 * limits.sequences + 2 * limits.sequences * pages;
 }
 
 // The batch's integers in one buffer and one copy, each at a place that depends on `rows` alone where the batch is one of
@@ -349,7 +361,8 @@ void CudaBackend::stage_batch(const Batch& batch, int64_t rows) {
   dispatched_ = nullptr;
   const int64_t n = batch.n_tokens(), padding = rows - n, sequences = static_cast<int64_t>(batch.sequences.size()) + padding;
   CHECK(rows <= max_tokens_, "a step takes at most ", max_tokens_, " tokens, not ", n);
-  int64_t count = 2 + 3 * rows + 2 * sequences;
+  const CutRows cut = cut_rows(batch);
+  int64_t count = 2 + 3 * rows + 2 * sequences + std::ssize(cut.row_blocks) + std::ssize(cut.single_rows);
   for (const BatchSequence& s : batch.sequences)
     count += static_cast<int64_t>(s.full_pages->pages.size() + s.window_pages->pages.size());
   batch_copied_->wait();
@@ -382,6 +395,10 @@ void CudaBackend::stage_batch(const Batch& batch, int64_t rows) {
   batch_.full_base = put(full_base, padding);
   batch_.window_base = put(window_base, padding);
   batch_.pages = put(pages);
+  batch_.row_blocks = reinterpret_cast<const RowBlock*>(put(cut.row_blocks));
+  batch_.single_rows = batch.is_decode() ? nullptr : put(cut.single_rows);
+  batch_.n_row_blocks = std::ssize(cut.row_blocks) / 2;
+  batch_.n_single_rows = batch.is_decode() ? rows : std::ssize(cut.single_rows);
   CUDA_CHECK(cudaMemcpyAsync(integers_.data(), pinned_.data(), count * 4, cudaMemcpyHostToDevice, *stream_));
   batch_copied_->record(*stream_);
 }
@@ -479,6 +496,13 @@ int64_t CudaBackend::pages_seen(int64_t window) const {
   return std::min(all, std::max(now, context_pages_));
 }
 
+void CudaBackend::reserve_attention(int64_t rows, int64_t heads, int64_t kv_heads, int64_t context) {
+  const int64_t bytes = attention_workspace_bytes(rows, heads, kv_heads, context);
+  if (static_cast<int64_t>(attention_space_.bytes()) >= bytes) return;
+  ensure(attention_space_, bytes);
+  CUDA_CHECK(cudaMemsetAsync(attention_space_.data(), 0, bytes, *stream_));
+}
+
 void CudaBackend::attention(Mat<float> out, Mat<const float> q, const KvLayer& cache, const float* sinks, int64_t kv_heads) {
   use();
   AttentionArgs args;
@@ -489,13 +513,14 @@ void CudaBackend::attention(Mat<float> out, Mat<const float> q, const KvLayer& c
   args.values = static_cast<const uint16_t*>(cache.values);
   args.sinks = sinks;
   args.batch = batch_;
-  args.n = q.rows;
   args.heads = q.cols / kHeadDim;
   args.kv_heads = kv_heads;
   args.window = cache.window;
   args.max_pages = pages_seen(cache.window);
-  ensure(partial_, attention_partial_bytes(args));
-  args.partial = partial_.as<float>();
+  args.multiprocessors = properties_.multiProcessorCount;
+  reserve_attention(batch_.n_single_rows, args.heads, kv_heads, args.max_pages * kPageTokens);
+  args.workspace = attention_space_.data();
+  args.workspace_bytes = static_cast<int64_t>(attention_space_.bytes());
   cuda::attention(args, *stream_);
   remember({out.data, out.rows, out.cols});
 }

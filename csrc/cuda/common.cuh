@@ -186,6 +186,77 @@ __device__ __forceinline__ void mma(FragmentC& c, FragmentA a, FragmentB b) {
 #endif
 }
 
+// Four 8 x 8 matrices of 16-bit numbers from shared memory, into the words of a fragment: lane i hands over the address of row
+// i % 8 of matrix i / 8, 16 bytes; lane 4g + c gets of each matrix row g, columns 2c and 2c + 1, or, where they are to be
+// transposed, column g, rows 2c and 2c + 1. As A [16, 16] its matrices are the upper left, lower left, upper right, lower
+// right.
+template <bool kTransposed>
+__device__ __forceinline__ FragmentA ldmatrix(const void* row) {
+  FragmentA d;
+#ifdef GPTOSS_CUDA_EMULATE
+  struct Lane {
+    const uint16_t* row;
+    FragmentA* d;
+  } mine{static_cast<const uint16_t*>(row), &d};
+  emulator::collective(&mine, [](void* const* lanes) {
+    for (int i = 0; i < 32; ++i) {
+      const int g = i / 4, k = i % 4 * 2;
+      uint32_t words[4];
+      for (int m = 0; m < 4; ++m) {
+        const auto at = [&](int r, int column) -> uint32_t { return static_cast<Lane*>(lanes[8 * m + r])->row[column]; };
+        words[m] = kTransposed ? at(k, g) | at(k + 1, g) << 16 : at(g, k) | at(g, k + 1) << 16;
+      }
+      *static_cast<Lane*>(lanes[i])->d = {words[0], words[1], words[2], words[3]};
+    }
+  });
+#else
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  if constexpr (kTransposed)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(d.a0), "=r"(d.a1), "=r"(d.a2), "=r"(d.a3)
+                 : "r"(address)
+                 : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(d.a0), "=r"(d.a1), "=r"(d.a2), "=r"(d.a3)
+                 : "r"(address)
+                 : "memory");
+#endif
+  return d;
+}
+
+// An 8 x 8 matrix of 16-bit numbers, transposed: lane 4g + c has row g, columns 2c and 2c + 1 of it, before and after.
+__device__ __forceinline__ uint32_t movmatrix(uint32_t pair) {
+#ifdef GPTOSS_CUDA_EMULATE
+  struct Lane {
+    uint32_t pair, result;
+  } mine{pair, 0};
+  emulator::collective(&mine, [](void* const* lanes) {
+    const auto at = [&](int r, int column) {
+      return static_cast<Lane*>(lanes[4 * r + column / 2])->pair >> column % 2 * 16 & 0xffffu;
+    };
+    for (int i = 0; i < 32; ++i) static_cast<Lane*>(lanes[i])->result = at(i % 4 * 2, i / 4) | at(i % 4 * 2 + 1, i / 4) << 16;
+  });
+  return mine.result;
+#else
+  uint32_t result;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
+  return result;
+#endif
+}
+
+// 2^x to about 22 bits, 0 where that is below the normal numbers.
+__device__ __forceinline__ float exp2_fast(float x) {
+#ifdef GPTOSS_CUDA_EMULATE
+  const float y = exp2f(x);
+  return y < 0x1p-126f ? 0.f : y;
+#else
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
 // Starts a copy of 16 bytes to shared memory; `bytes` (0 or 16) are read, the rest become zero.
 __device__ __forceinline__ void copy_async(void* shared, const void* global, int bytes) {
 #ifdef GPTOSS_CUDA_EMULATE
@@ -242,6 +313,17 @@ __device__ __forceinline__ bool comes_last(unsigned* counter, unsigned n) {
   const bool last = atomicInc(counter, n - 1) == n - 1;
   __threadfence();
   return last;
+}
+
+// What another block of the same kernel has written, before a __threadfence() that this block has seen: from the second-level
+// cache, which all blocks share.
+template <class T>
+__device__ __forceinline__ T load_fresh(const T* address) {
+#ifdef GPTOSS_CUDA_EMULATE
+  return *address;
+#else
+  return __ldcg(address);
+#endif
 }
 
 // ---------------------------------------------------------------------------------------------------------- reductions

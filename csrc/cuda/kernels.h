@@ -16,6 +16,13 @@ struct Rounded {
   int64_t stride = 0;
 };
 
+// Up to kRowBlock rows of one sequence, one after the other, that attention takes together.
+struct RowBlock {
+  int32_t first, n;
+};
+inline constexpr int kRowBlock = 16;
+inline constexpr int64_t kFewRows = 8;  // new rows of a sequence that attention takes one by one
+
 // The integers of a batch. Page of position p for sequence s: pages[base[s] + p / 128].
 struct DeviceBatch {
   const int32_t* tokens = nullptr;       // [n]
@@ -24,7 +31,11 @@ struct DeviceBatch {
   const int32_t* full_base = nullptr;    // [sequences]
   const int32_t* window_base = nullptr;  // [sequences]
   const int32_t* pages = nullptr;
-  const int32_t* n_rows = nullptr;  // [1] rows that are real; those after them fill up a batch, see Backend::run
+  const int32_t* n_rows = nullptr;  // [1] how many rows are real, the rest pad the batch; null: all
+  // Every row is in one of the two, for attention.
+  const RowBlock* row_blocks = nullptr;  // [n_row_blocks]
+  const int32_t* single_rows = nullptr;  // [n_single_rows], null: 0, 1, 2 ..
+  int64_t n_row_blocks = 0, n_single_rows = 0;
 };
 
 // --- pointwise.cu ---------------------------------------------------------------------------------------------------
@@ -134,12 +145,15 @@ struct AttentionArgs {
   const uint16_t* values = nullptr;  // [pages, kv_heads, 64, 128]
   const float* sinks = nullptr;      // [heads]
   DeviceBatch batch;
-  int64_t n = 0, heads = 0, kv_heads = 0, window = 0;
-  int64_t max_pages = 0;     // that one row can see
-  float* partial = nullptr;  // [partial_bytes]
+  int64_t heads = 0, kv_heads = 0, window = 0;
+  int64_t max_pages = 0;        // that one row can see, at most
+  int64_t multiprocessors = 0;  // of the card
+  void* workspace = nullptr;    // [workspace_bytes] all zero before it is first used
+  int64_t workspace_bytes = 0;
 };
 
-int64_t attention_partial_bytes(const AttentionArgs& args);  // work space; 0 where keys are not split
+// For steps of up to max_rows rows by themselves; in less, or none, attention works too, with fewer blocks.
+int64_t attention_workspace_bytes(int64_t max_rows, int64_t heads, int64_t kv_heads, int64_t max_context);
 void attention(const AttentionArgs& args, cudaStream_t stream);
 
 // --- moe.cu ---------------------------------------------------------------------------------------------------------
