@@ -115,8 +115,7 @@ class Backend {
   // x += sum over the chosen experts of weight * down(swiglu(gate_up(t)))                        x, t: [n, H]
   virtual void moe_add(Mat<float> x, Mat<const float> t, const Routing& top, const ExpertWeights& experts) = 0;
 
-  // A token of each of these rows, no row twice; waits for them. Throws what Sampler::sample does.      logits: [n, V],
-  // unchanged
+  // A token of each of these rows, no row twice. Waits for them; throws what Sampler::sample does.      logits: [n, V], kept
   virtual std::vector<Sample> sample(Mat<float> logits, const std::vector<SampleRow>& rows) {
     std::vector<Sample> samples;
     std::vector<float> host(logits.cols);

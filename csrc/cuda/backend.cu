@@ -223,6 +223,7 @@ void CudaBackend::reserve(const ModelConfig& config) {
   ensure(hidden_, slots * round_up(config.intermediate_size, 64) * 2);
   CUDA_CHECK(cudaMemsetAsync(hidden_.data(), 0, hidden_.bytes(), *stream_));  // columns past the end stay 0
   ensure(outputs_, slots * config.hidden_size * 4);
+  ensure(sample_work_, sample_workspace_bytes(RowList::kMax, config.vocab_size));
 }
 
 // ------------------------------------------------------------------------------------------------------------ a step
