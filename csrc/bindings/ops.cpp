@@ -163,6 +163,27 @@ class Ops {
     give(weights_.data<float>(DType::F32, {n, k}), shares, n * k);
   }
 
+  // One token for each row; the logits are written back as the operation leaves them.
+  std::vector<Sample> sample(py::object logits, const std::vector<const Sampler*>& samplers,
+                             const std::vector<int64_t>& positions) {
+    BorrowedTensor logits_(logits, "logits");
+    const int64_t n = extent(logits_, 0), V = extent(logits_, 1);
+    float* host = logits_.data<float>(DType::F32, {n, V});
+    CHECK(std::ssize(samplers) == n && std::ssize(positions) == n, "samplers, positions: ", samplers.size(), " and ",
+          positions.size(), " for ", n, " rows");
+    std::vector<SampleRequest> rows;
+    for (int64_t i = 0; i < n; ++i) {
+      CHECK(samplers[i]->vocab_size() == V, "samplers: one is of a vocabulary of ", samplers[i]->vocab_size(), ", not ", V);
+      rows.push_back({i, samplers[i], positions[i]});
+    }
+    Buffer in = put(logits_, {n, V});
+    backend_->ask_samples(rows);
+    backend_->draw_samples(in.mat<float>(n, V));
+    std::vector<Sample> samples = backend_->take_samples(in.mat<const float>(n, V));
+    give(host, in, n * V);
+    return samples;
+  }
+
  private:
   static constexpr int64_t kMaxRows = 8192;
   using Fill = std::function<void(Mat<float> q, const KvLayer& cache, Mat<const float> in, const RopeTable& rope)>;
@@ -227,27 +248,6 @@ class Ops {
         if (s_index < batch.sequences.size() && batch.sequences[s_index].full_pages == &sequences[s].full)
           cache.commit(sequences[s], batch.sequences[s_index++].n_rows);
     }
-  }
-
-  // One token for each row; the logits are written back as the operation leaves them.
-  std::vector<Sample> sample(py::object logits, const std::vector<const Sampler*>& samplers,
-                             const std::vector<int64_t>& positions) {
-    BorrowedTensor logits_(logits, "logits");
-    const int64_t n = extent(logits_, 0), V = extent(logits_, 1);
-    float* host = logits_.data<float>(DType::F32, {n, V});
-    CHECK(std::ssize(samplers) == n && std::ssize(positions) == n, "samplers, positions: ", samplers.size(), " and ",
-          positions.size(), " for ", n, " rows");
-    std::vector<SampleRequest> rows;
-    for (int64_t i = 0; i < n; ++i) {
-      CHECK(samplers[i]->vocab_size() == V, "samplers: one is of a vocabulary of ", samplers[i]->vocab_size(), ", not ", V);
-      rows.push_back({i, samplers[i], positions[i]});
-    }
-    Buffer in = put(logits_, {n, V});
-    backend_->ask_samples(rows);
-    backend_->draw_samples(in.mat<float>(n, V));
-    std::vector<Sample> samples = backend_->take_samples(in.mat<const float>(n, V));
-    give(host, in, n * V);
-    return samples;
   }
 
   static int64_t extent(const BorrowedTensor& tensor, size_t d) {

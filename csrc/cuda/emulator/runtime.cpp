@@ -197,6 +197,7 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   delete stream;
   return status();
 }
+cudaError_t cudaDeviceSynchronize() { return status_outside_capture(); }
 cudaError_t cudaStreamSynchronize(cudaStream_t) { return status_outside_capture(); }
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
   *event = nullptr;
