@@ -22,7 +22,7 @@ build() {
 
 tests() {
   PYTHONPATH=$out/python GPTOSS_TEST_DEVICE=cuda python3 -m pytest -q -x -p no:cacheprovider tests/test_ops.py tests/test_mxfp4.py \
-    tests/test_model.py tests/test_cuda.py
+    tests/test_model.py tests/test_sample_op.py tests/test_cuda.py
 }
 
 sanitize() {

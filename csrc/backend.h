@@ -2,9 +2,9 @@
 //
 // The model (model.cpp) is written once against this interface. Choosing a kernel for one token or a thousand, grouping
 // tokens by expert and rounding operands happen below it. Operations run in order on the backend's one stream; none
-// allocates or waits for the host, so that a step of a known kind can be recorded and replayed. Outputs come first, then
-// inputs. Activations are float32; an operation that multiplies matrices rounds its activations to bfloat16 itself and sums in
-// float32.
+// allocates, and none but sample waits for the host, so that a step of a known kind can be recorded and replayed. Outputs come
+// first, then inputs. Activations are float32; an operation that multiplies matrices rounds its activations to bfloat16 itself
+// and sums in float32.
 //
 // The result of a row depends on its own sequence alone, bit for bit: not on other rows, not on how a prompt was cut into
 // steps, not on the number of threads.
@@ -47,18 +47,18 @@ struct Routing {
   Mat<float> weights;    // [n, k] softmax over the k
 };
 
-// The next token of one sequence, drawn from one row of logits.
-struct SampleRequest {
-  int64_t row = 0;
-  const Sampler* sampler = nullptr;
-  int64_t position = 0;  // of the new token in its sequence
-};
-
 // The most a model can be asked for; what its memory is planned by.
 struct Limits {
   int64_t batch_tokens = 0;  // rows of a step
   int64_t sequences = 0;     // of a step, and with pages in the cache
   int64_t context = 0;       // tokens of a sequence
+};
+
+// A row of logits that a token is wanted of.
+struct SampleRow {
+  int64_t row = 0;
+  const Sampler* sampler = nullptr;
+  int64_t position = 0;  // of the token in its sequence
 };
 
 struct BackendOptions {
@@ -140,8 +140,18 @@ class Backend {
   // x += sum over the chosen experts of weight * down(swiglu(gate_up(t)))                        x, t: [n, H]
   virtual void moe_add(Mat<float> x, Mat<const float> t, const Routing& top, const ExpertWeights& experts) = 0;
 
-  // Draws from rows of logits and waits for the tokens.                                       logits: [n, V]
-  virtual std::vector<Sample> sample(Mat<const float> logits, const std::vector<SampleRequest>& requests);
+  // A token of each of these rows, no row twice; waits for them. Throws what Sampler::sample does.      logits: [n, V],
+  // unchanged
+  virtual std::vector<Sample> sample(Mat<float> logits, const std::vector<SampleRow>& rows) {
+    std::vector<Sample> samples;
+    std::vector<float> host(logits.cols);
+    synchronize();
+    for (const SampleRow& row : rows) {
+      copy_out(host.data(), logits.row(row.row), host.size() * sizeof(float));
+      samples.push_back(row.sampler->sample(host.data(), row.position));
+    }
+    return samples;
+  }
 
   // Waits until everything asked for is done and results may be read.
   virtual void synchronize() = 0;

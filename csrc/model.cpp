@@ -74,22 +74,18 @@ std::vector<std::optional<Sample>> Model::read_out(const std::vector<StepItem>& 
 
   const int64_t V = config_.vocab_size, at_a_time = whole_batch ? static_cast<int64_t>(items.size()) : kLogitRows;
   std::vector<std::optional<Sample>> samples(items.size());
-  for (int64_t begin = 0, end; begin < static_cast<int64_t>(wanted.size()); begin = end) {
-    end = std::min<int64_t>(begin + at_a_time, wanted.size());
+  for (int64_t begin = 0, end; begin < std::ssize(wanted); begin = end) {
+    end = std::min(begin + at_a_time, std::ssize(wanted));
     const auto rows = logits_.mat<float>(end - begin, V);
     if (!whole_batch) unembed(end - begin, wanted.data() + begin);
     if (logits) backend_->copy_out(logits + begin * V, rows.data, rows.size() * sizeof(float));
-    std::vector<SampleRequest> requests;
-    std::vector<int64_t> sampled;
-    for (int64_t i = begin; i < end; ++i) {
-      const StepItem& item = items[item_of[i]];
-      if (!item.sampler) continue;
-      requests.push_back({i - begin, item.sampler, item.sequence->length() + static_cast<int64_t>(item.tokens.size())});
-      sampled.push_back(item_of[i]);
-    }
-    if (requests.empty()) continue;
-    std::vector<Sample> drawn = backend_->sample({rows.data, rows.rows, V}, requests);
-    for (size_t i = 0; i < drawn.size(); ++i) samples[sampled[i]] = std::move(drawn[i]);
+    std::vector<SampleRow> sampled;
+    for (int64_t i = begin; i < end; ++i)
+      if (const StepItem& item = items[item_of[i]]; item.sampler)
+        sampled.push_back({i - begin, item.sampler, item.sequence->length() + std::ssize(item.tokens)});
+    if (sampled.empty()) continue;
+    size_t next = 0;
+    for (Sample& sample : backend_->sample(rows, sampled)) samples[item_of[begin + sampled[next++].row]] = std::move(sample);
   }
   return samples;
 }

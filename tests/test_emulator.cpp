@@ -25,6 +25,30 @@ void test_collectives() {
   for (int i = 0; i < 32; ++i) CHECK(out[i] == (i ^ 5) * 1000 + 3, "lane ", i, " has ", out[i]);
 }
 
+// A sum over the lanes up to each, in 64 bits, and tickets from one counter.
+void scan_kernel(unsigned long long* out, unsigned* tickets) {
+  wait_for_previous();
+  const int lane = static_cast<int>(threadIdx.x);
+  unsigned long long sum = 1ull << lane;
+  for (int delta = 1; delta < 32; delta *= 2) {
+    const unsigned long long before = __shfl_up_sync(kAllLanes, sum, delta);
+    if (lane >= delta) sum += before;
+  }
+  out[lane] = sum << 8 | atomicAdd(tickets, 1u);
+}
+
+void test_scan() {
+  std::array<unsigned long long, 32> out;
+  unsigned tickets = 0, seen = 0;
+  launch({dim3(1), dim3(32)}, scan_kernel, out.data(), &tickets);
+  for (int i = 0; i < 32; ++i) {
+    CHECK(out[i] >> 8 == (2ull << i) - 1, "lane ", i, " has ", out[i] >> 8);
+    seen |= 1u << (out[i] & 31);
+  }
+  CHECK(tickets == 32 && seen == ~0u, tickets, " tickets, ", seen);
+  CHECK(__ffs(0x50) == 5 && __ffs(0) == 0 && __clz(0) == 32 && __clz(-1) == 0 && __clz(0x100) == 23, "places of bits");
+}
+
 void sum_kernel(float* out) {
   wait_for_previous();
   float* shared = shared_memory<float>();
@@ -293,6 +317,7 @@ int main() {
     for (int seed = 0; seed < 5; ++seed) {
       set_seed(seed);
       test_collectives();
+      test_scan();
       test_barrier();
       test_lost_threads();
       test_shared_memory_is_nan();

@@ -159,6 +159,25 @@ class Ops {
     }
   }
 
+  // One token for each row; the logits are written back as the operation leaves them.
+  std::vector<Sample> sample(py::object logits, const std::vector<const Sampler*>& samplers,
+                             const std::vector<int64_t>& positions) {
+    BorrowedTensor logits_(logits, "logits");
+    const int64_t n = extent(logits_, 0), V = extent(logits_, 1);
+    float* host = logits_.data<float>(DType::F32, {n, V});
+    CHECK(std::ssize(samplers) == n && std::ssize(positions) == n, "samplers, positions: ", samplers.size(), " and ",
+          positions.size(), " for ", n, " rows");
+    std::vector<SampleRow> rows;
+    for (int64_t i = 0; i < n; ++i) {
+      CHECK(samplers[i]->vocab_size() == V, "samplers: one is of a vocabulary of ", samplers[i]->vocab_size(), ", not ", V);
+      rows.push_back({i, samplers[i], positions[i]});
+    }
+    Buffer in = put(logits_, {n, V});
+    std::vector<Sample> samples = backend_->sample(in.mat<float>(n, V), rows);
+    give(host, in, n * V);
+    return samples;
+  }
+
  private:
   static constexpr int64_t kMaxRows = 8192;
 
@@ -241,7 +260,8 @@ void bind_ops(py::module_& m) {
            "config"_a, "chunk"_a = 0)
       .def("route", &Ops::route, "ids"_a, "weights"_a, "t"_a, "weight"_a, "bias"_a)
       .def("moe", &Ops::moe, "x"_a, "t"_a, "ids"_a, "weights"_a, "gate_up_blocks"_a, "gate_up_scales"_a, "gate_up_bias"_a,
-           "down_blocks"_a, "down_scales"_a, "down_bias"_a, "limit"_a);
+           "down_blocks"_a, "down_scales"_a, "down_bias"_a, "limit"_a)
+      .def("sample", &Ops::sample, "logits"_a, "samplers"_a, "positions"_a);
 }
 
 }  // namespace gptoss

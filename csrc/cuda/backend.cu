@@ -8,6 +8,7 @@
 #include "backend.h"
 
 #include <algorithm>
+#include <bit>
 #include <cstdlib>
 #include <memory>
 
@@ -20,6 +21,9 @@ namespace gptoss::cuda {
 namespace {
 
 constexpr int kOldestMajor = 8;  // bf16 mma, cp.async
+
+// Where the parameters of sampled rows begin, after their number; and room for adjustments of tokens. Longer lists take more.
+constexpr int64_t kAtSampleParams = 16, kAdjustmentBytes = 256 << 10;
 
 int64_t next_power_of_two(int64_t n) {
   int64_t power = 1;
@@ -131,6 +135,7 @@ class CudaBackend final : public Backend {
                 top.experts.cols, *stream_);
   }
   void moe_add(Mat<float> x, Mat<const float> t, const Routing& top, const ExpertWeights& experts) override;
+  std::vector<Sample> sample(Mat<float> logits, const std::vector<SampleRow>& rows) override;
 
  private:
   void use() const {
@@ -204,6 +209,10 @@ class CudaBackend final : public Backend {
   Buffer slots_, tiles_, n_tiles_;  // [n k]; [tiles]; [1]
   Buffer hidden_;                   // [n k, I] bfloat16
   Buffer outputs_;                  // [n k, H]
+
+  Buffer sample_pinned_, sample_staged_;  // number of rows, parameters, adjustments
+  Buffer sample_results_, sample_results_host_;
+  Buffer sample_work_;
   GraphCache graphs_;
 };
 
@@ -267,6 +276,10 @@ void CudaBackend::for_each_buffer(const ModelConfig& config, const Limits& limit
   take(n_tiles_, 4);
   take(hidden_, slots * round_up(config.intermediate_size, 64) * 2);
   take(outputs_, slots * config.hidden_size * 4);
+  const int64_t sampled = std::bit_ceil<uint64_t>(std::min(n, limits.sequences));
+  take(sample_staged_, kAtSampleParams + sampled * static_cast<int64_t>(sizeof(SampleParams)) + kAdjustmentBytes);
+  take(sample_results_, sampled * static_cast<int64_t>(sizeof(SampleResult)));
+  take(sample_work_, sample_workspace_bytes(sampled, config.vocab_size));
   int64_t partial = 0;
   AttentionArgs args;
   args.heads = config.n_heads;
@@ -285,6 +298,8 @@ void CudaBackend::reserve(const ModelConfig& config, const Limits& limits) {
   context_pages_ = ceil_div(limits.context, kPageTokens);
   for_each_buffer(config, limits, [this](Buffer& buffer, int64_t bytes) { ensure(buffer, bytes); });
   pinned_ = pinned_memory(integers_.bytes());
+  sample_pinned_ = pinned_memory(sample_staged_.bytes());
+  sample_results_host_ = pinned_memory(sample_results_.bytes());
   CUDA_CHECK(cudaMemsetAsync(hidden_.data(), 0, hidden_.bytes(), *stream_));  // columns past the end stay 0
 }
 
@@ -454,6 +469,44 @@ void CudaBackend::moe_add(Mat<float> x, Mat<const float> t, const Routing& top, 
   matmul(args, true, Epilogue::kStore, tile, *stream_);
   combine(x.data, outputs_.as<float>(), top.weights.data, t.rows, k, x.cols, *stream_);
   forget(x.data);
+}
+
+std::vector<Sample> CudaBackend::sample(Mat<float> logits, const std::vector<SampleRow>& rows) {
+  use();
+  const int64_t n = std::bit_ceil(rows.size());  // a launch serves all numbers of rows up to a power of two
+  std::vector<StagedAdjustment> adjustments;
+  std::vector<SampleParams> params(n);
+  for (size_t i = 0; i < rows.size(); ++i)
+    params[i] = stage_sample(adjustments, *rows[i].sampler, rows[i].row, rows[i].position);
+  const int64_t at_adjustments = kAtSampleParams + n * static_cast<int64_t>(sizeof(SampleParams));
+  const int64_t bytes = at_adjustments + std::ssize(adjustments) * static_cast<int64_t>(sizeof(StagedAdjustment));
+  const int64_t result_bytes = n * static_cast<int64_t>(sizeof(SampleResult));
+  if (static_cast<int64_t>(sample_pinned_.bytes()) < bytes) sample_pinned_ = pinned_memory(2 * bytes);
+  if (static_cast<int64_t>(sample_results_host_.bytes()) < result_bytes) sample_results_host_ = pinned_memory(result_bytes);
+  ensure(sample_staged_, static_cast<int64_t>(sample_pinned_.bytes()));
+  ensure(sample_results_, result_bytes);
+  ensure(sample_work_, sample_workspace_bytes(n, logits.cols));
+
+  uint8_t *host = sample_pinned_.as<uint8_t>(), *device = sample_staged_.as<uint8_t>();
+  *reinterpret_cast<int32_t*>(host) = static_cast<int32_t>(rows.size());
+  std::copy(params.begin(), params.end(), reinterpret_cast<SampleParams*>(host + kAtSampleParams));
+  std::copy(adjustments.begin(), adjustments.end(), reinterpret_cast<StagedAdjustment*>(host + at_adjustments));
+  CUDA_CHECK(cudaMemcpyAsync(device, host, bytes, cudaMemcpyHostToDevice, *stream_));
+  cuda::sample(sample_results_.as<SampleResult>(), logits.data, reinterpret_cast<SampleParams*>(device + kAtSampleParams),
+               reinterpret_cast<StagedAdjustment*>(device + at_adjustments), sample_work_.data(),
+               reinterpret_cast<int32_t*>(device), n, logits.cols, *stream_);
+  CUDA_CHECK(
+      cudaMemcpyAsync(sample_results_host_.data(), sample_results_.data(), result_bytes, cudaMemcpyDeviceToHost, *stream_));
+  stream_->wait();
+
+  std::vector<Sample> samples;
+  for (size_t i = 0; i < rows.size(); ++i) {
+    if (rows[i].sampler->options().logprobs > kTopLogprobs)
+      samples.push_back(Backend::sample(logits, {rows[i]}).front());
+    else
+      samples.push_back(finish_sample(sample_results_host_.as<SampleResult>()[i], *rows[i].sampler));
+  }
+  return samples;
 }
 
 int device_index(const std::string& device) {

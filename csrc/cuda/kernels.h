@@ -2,8 +2,10 @@
 // All pointers are device memory. Nothing here allocates or waits.
 #pragma once
 #include <cstdint>
+#include <vector>
 
 #include "cuda/common.cuh"
+#include "sampling.h"
 
 namespace gptoss::cuda {
 
@@ -102,5 +104,48 @@ void route(int32_t* ids, float* weights, const float* t, const uint16_t* router,
 void dispatch(int32_t* slots, TokenTile* tiles, int32_t* n_tiles, const int32_t* ids, int64_t n_slots, int64_t experts,
               int64_t tile, cudaStream_t stream);
 void combine(float* x, const float* outputs, const float* weights, int64_t n, int64_t k, int64_t hidden, cudaStream_t stream);
+
+// --- sample.cu ------------------------------------------------------------------------------------------------------
+inline constexpr int kTopLogprobs = 32;  // most that the card gives; a sampler that wants more is the host's work
+
+// What the kernels need of a Sampler and a position.
+struct SampleParams {
+  int64_t row = 0;  // of the logits; no two alike
+  float scale = 1;  // 1 / temperature
+  int32_t greedy = 0;
+  int32_t top_k = 0;  // 0: all
+  int32_t logprobs = -1;
+  double top_p = 1;
+  double min_gap = 0;  // temperature * log(min_p)
+  double uniform = 0;  // the random number
+  Penalties penalties;
+  int32_t first_adjustment = 0, n_adjustments = 0;  // in the list of all rows', by token
+};
+
+struct StagedAdjustment {
+  TokenAdjustment by;
+  float logit = 0;  // as it was given; written and read by the kernels
+};
+
+struct SampleResult {
+  int32_t token;   // -1: the adjusted logits have no finite maximum
+  int32_t n_nans;  // if not 0, there is no token either
+  float top;       // the maximum
+  float logit;     // the token's, as it was given. From here on only where log-probabilities are wanted
+  double log_sum;  // of the exponentials of all
+  int32_t top_ids[kTopLogprobs];
+  float top_logits[kTopLogprobs];
+};
+
+// Before the launch: the parameters of a row, and its adjustments added to the list of all rows'.
+SampleParams stage_sample(std::vector<StagedAdjustment>& adjustments, const Sampler& sampler, int64_t row, int64_t position);
+// After it, on the host; throws what Sampler::sample does.
+Sample finish_sample(const SampleResult& result, const Sampler& sampler);
+
+int64_t sample_workspace_bytes(int64_t n, int64_t vocab);
+// One result for each of n rows, or of the first *n_rows where that is not null; the launches depend on n and vocab alone. The
+// logits are changed and put back.               results, params: [n]   logits: [rows, vocab]   n_rows: [1], on the device
+void sample(SampleResult* results, float* logits, const SampleParams* params, StagedAdjustment* adjustments, void* workspace,
+            const int32_t* n_rows, int64_t n, int64_t vocab, cudaStream_t stream);
 
 }  // namespace gptoss::cuda

@@ -281,3 +281,8 @@ class Ops:
         self, out: DLPackTensor, x: DLPackTensor, blocks: DLPackTensor, scales: DLPackTensor
     ) -> None:
         """out f32 [n, M] = bf16(x f32 [n, K]) W^T; blocks u8 [M, K/32, 16], scales u8 [M, K/32]."""
+
+    def sample(
+        self, logits: DLPackTensor, samplers: list[Sampler], positions: list[int]
+    ) -> list[Sample]:
+        """A token of each row of logits f32 [n, V]; the logits are left as they were."""

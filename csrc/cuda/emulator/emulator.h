@@ -120,7 +120,12 @@ unsigned __ballot_sync(unsigned, int predicate);
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == 0xffffffffu; }
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
-inline int atomicAdd(int* address, int value) { return std::exchange(*address, *address + value); }
+inline int __ffs(unsigned value) { return __builtin_ffs(static_cast<int>(value)); }
+inline int __clz(int value) { return value == 0 ? 32 : __builtin_clz(static_cast<unsigned>(value)); }
+template <class T>
+T atomicAdd(T* address, T value) {
+  return std::exchange(*address, *address + value);
+}
 inline float __uint_as_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, 4);
