@@ -143,7 +143,7 @@ def test_second_card(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     "memory, limits, message",
     [
         ("100000", {}, r"its weights take 0\.\d+ GiB, work space .* a cache for 1 sequence 0\.\d+"),
-        ("100000000", {"max_context": 4096, "max_sequences": 32}, "32 sequences of 4096 tokens"),
+        ("60000000", {"max_context": 4096, "max_sequences": 32}, "32 sequences of 4096 tokens"),
     ],
 )
 def test_too_little_memory(

@@ -155,6 +155,29 @@ void test_copies_are_late() {
   }
 }
 
+// The last of all blocks adds what each has written.
+void last_block_kernel(int* parts, int* sum, unsigned* counter) {
+  wait_for_previous();
+  int* last = shared_memory<int>();
+  const int i = static_cast<int>(threadIdx.x), blocks = static_cast<int>(gridDim.x);
+  parts[static_cast<int>(blockIdx.x) * 32 + i] = 1;
+  __syncthreads();
+  if (i == 0) *last = comes_last(counter, gridDim.x);
+  __syncthreads();
+  if (!*last || i != 0) return;
+  for (int p = 0; p < blocks * 32; ++p) *sum += parts[p];
+}
+
+void test_last_block() {
+  unsigned counter = 0;
+  for (unsigned blocks : {1u, 5u}) {  // the second launch finds the counter as the first left it
+    std::vector<int> parts(blocks * 32);
+    int sum = 0;
+    launch({dim3(blocks), dim3(32), 16}, last_block_kernel, parts.data(), &sum, &counter);
+    CHECK(sum == static_cast<int>(blocks) * 32 && counter == 0, "the last of ", blocks, " blocks found ", sum);
+  }
+}
+
 // Fragments filled by the formulas of the PTX manual ("Matrix Fragments for mma.m16n8k16"), apart from the emulator's own.
 void mma_kernel(const uint16_t* a, const uint16_t* b, float* c) {
   wait_for_previous();
@@ -352,6 +375,7 @@ int main() {
       test_lost_threads();
       test_shared_memory_is_nan();
       test_copies_are_late();
+      test_last_block();
       test_mma();
       test_matrices();
     }

@@ -177,7 +177,7 @@ size_t route_shared_bytes(int64_t hidden, int64_t experts_a_block, int64_t exper
 }
 
 template <int kTokens>
-__global__ void __launch_bounds__(kRouteThreads) route_kernel(RouteArgs a, int experts_a_block) {
+__global__ void __launch_bounds__(kRouteThreads, 2) route_kernel(RouteArgs a, int experts_a_block) {
   let_next_start();
   const int hidden = static_cast<int>(a.hidden), experts = static_cast<int>(a.experts), k = static_cast<int>(a.k);
   int* last = shared_memory<int>();
