@@ -3,7 +3,7 @@
 // The model (model.cpp) is written once against this interface. Choosing a kernel for one token or a thousand, grouping
 // tokens by expert and rounding operands happen below it. Operations run in order on the backend's one stream; none
 // allocates or waits for the host. Outputs come first, then inputs. Activations are float32; an operation that multiplies
-// matrices rounds its activations to bfloat16 itself and sums in float32.
+// matrices rounds its activations to bfloat16 (or int8, as the precision says) itself and sums in float32.
 //
 // The result of a row depends on its own sequence alone, bit for bit: not on other rows, not on how a prompt was cut into
 // steps, not on the number of threads.
@@ -43,11 +43,17 @@ struct Routing {
   Mat<float> weights;    // [n, k] softmax over the k
 };
 
+enum class Precision {
+  kExact,  // weights as the checkpoint has them, bfloat16 operands
+  kFast,   // attention and unembedding weights in 8 bits, int8 operands; only on the CPU so far
+};
+
 struct BackendOptions {
   std::string device;            // "cpu", "cuda", "cuda:1"
   int threads = 0;               // 0: as many as this process may use
   std::string isa;               // CPU instruction set to force; empty: GPTOSS_ISA, else the best
   int64_t max_batch_tokens = 0;  // rows of the largest step
+  Precision precision = Precision::kExact;
 };
 
 class Backend {
@@ -112,6 +118,9 @@ class Backend {
   // Bytes of a page in one of the two arrays of a KvLayer.
   int64_t page_bytes(int64_t kv_heads) const { return kv_heads * kPageTokens * kHeadDim * 2; }
 };
+
+Precision precision_of(const std::string& name);  // "exact" or "fast"; throws for any other name
+const char* precision_name(Precision precision);
 
 std::unique_ptr<Backend> make_cpu_backend(const BackendOptions& options);
 std::unique_ptr<Backend> make_cuda_backend(const BackendOptions& options);  // throws in a build without CUDA

@@ -18,6 +18,7 @@ constexpr int64_t kDefaultSequences = 64;   // of full context that page numbers
 std::unique_ptr<Backend> make_backend(const BackendOptions& options) {
   if (options.device == "cpu") return make_cpu_backend(options);
   CHECK(options.device.rfind("cuda", 0) == 0, "device must be \"cpu\", \"cuda\" or \"cuda:N\", not \"", options.device, "\"");
+  CHECK(options.precision == Precision::kExact, "precision \"fast\" is for the CPU: on ", options.device, " use \"exact\"");
   return make_cuda_backend(options);
 }
 
@@ -188,6 +189,7 @@ Model::Model(const ModelConfig& config, const ModelOptions& options)
     : config_(config),
       max_context_(options.max_context ? options.max_context : config.max_context),
       max_batch_tokens_(options.backend.max_batch_tokens),
+      precision_(options.backend.precision),
       process_(getpid()) {
   config_.validate();
   CHECK(max_context_ >= 1 && max_context_ <= config.max_context, "max_context must be between 1 and the model's ",

@@ -52,6 +52,7 @@ class Model : public std::enable_shared_from_this<Model> {
 
   const ModelConfig& config() const { return config_; }
   const Backend& backend() const { return *backend_; }
+  Precision precision() const { return precision_; }
   int64_t max_context() const { return max_context_; }
   int64_t max_batch_tokens() const { return max_batch_tokens_; }
 
@@ -80,6 +81,7 @@ class Model : public std::enable_shared_from_this<Model> {
 
   ModelConfig config_;
   int64_t max_context_, max_batch_tokens_;
+  Precision precision_;
   int process_;  // that made the model: threads do not survive a fork
   std::unique_ptr<Backend> backend_;
   std::unique_ptr<WeightLoader> loader_;

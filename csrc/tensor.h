@@ -83,6 +83,7 @@ enum class WeightFormat {
   kTable,  // bfloat16 rows to look up (embedding) or to multiply in float32 (router)
   kBf16,   // bfloat16 matrix of a product
   kMxfp4,  // MXFP4 matrices of a product, one per expert
+  kInt8,   // what the CPU makes of kBf16 for the precision "fast": int8, 32 inputs of a row to a scale
 };
 
 struct Weight {
