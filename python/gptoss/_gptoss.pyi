@@ -97,6 +97,7 @@ class Core:
     config: Final[Config]
     threads: Final[int]
     isa: Final[str]
+    precision: Final[str]
     device: Final[str]
     max_context: Final[int]
     max_batch_tokens: Final[int]
@@ -108,8 +109,12 @@ class Core:
         threads: int = 0,
         max_context: int = 0,
         max_batch_tokens: int = 512,
+        precision: str = "exact",
     ) -> None:
-        """0 means the default. Weights come by `load_tensor`, then `finish_loading`."""
+        """0 means the default; precision is "exact" or "fast", the latter on the CPU only.
+
+        Weights come by `load_tensor`, then `finish_loading`.
+        """
 
     def load_tensor(self, name: str, tensor: DLPackTensor) -> None:
         """Copy in one tensor, named as in either layout. ValueError: wrong name, shape or dtype."""
@@ -205,7 +210,9 @@ class StopMatcher:
 class Ops:
     """Single operations of a backend, for tests. Results go into the first argument."""
 
-    def __init__(self, device: str = "cpu", isa: str = "", threads: int = 1) -> None: ...
+    def __init__(
+        self, device: str = "cpu", isa: str = "", threads: int = 1, precision: str = "exact"
+    ) -> None: ...
     def embed(self, out: DLPackTensor, tokens: DLPackTensor, table: DLPackTensor) -> None:
         """out f32 [n, H] = rows `tokens` i32 [n] of table bf16 [V, H]."""
 
@@ -220,7 +227,10 @@ class Ops:
         bias: DLPackTensor | None,
         add: bool = False,
     ) -> None:
-        """out f32 [n, M] = [out +] bf16(x f32 [n, K]) weight bf16 [M, K]^T + bias f32 [M]."""
+        """out f32 [n, M] = [out +] bf16(x f32 [n, K]) weight bf16 [M, K]^T + bias f32 [M].
+
+        In the precision "fast" x and weight are rounded to int8, here and below.
+        """
 
     def attention(
         self,

@@ -74,6 +74,7 @@ class Model:
         *,
         max_context: int | None = None,
         threads: int | None = None,
+        precision: str = "exact",
         progress: bool = True,
     ) -> Model:
         """Load a checkpoint: a Hugging Face directory or OpenAI's `original/` directory.
@@ -84,6 +85,9 @@ class Model:
             max_context: most tokens of prompt and answer together; None for what the config allows.
             threads: CPU threads, 1 to 1024; None for OMP_NUM_THREADS, or else as many processors as
                 the process's affinity and its cgroup's quota allow.
+            precision: "exact": weights as the checkpoint has them, bfloat16 operands. "fast", on
+                the CPU: attention and unembedding weights rounded to 8 bits, int8 operands; less
+                memory and time, more error (docs/performance.md).
             progress: show a progress bar on stderr.
 
         Raises:
@@ -95,6 +99,10 @@ class Model:
         device = _device(device)
         max_context = _optional_count("max_context", max_context, 2**31 - 1)
         threads = _optional_count("threads", threads, _MAX_THREADS)
+        if precision not in ("exact", "fast"):
+            raise ValueError(f'precision must be "exact" or "fast", not {precision!r}')
+        if precision == "fast" and device != "cpu":
+            raise ValueError(f'precision "fast" is for the CPU: on {device} use "exact"')
 
         from .checkpoint import open_checkpoint
 
@@ -106,7 +114,11 @@ class Model:
 
             tokenizer = Tokenizer.from_file(checkpoint.tokenizer_path)
         core = _gptoss.Core(
-            checkpoint.config, device=device, threads=threads or 0, max_context=max_context or 0
+            checkpoint.config,
+            device=device,
+            threads=threads or 0,
+            max_context=max_context or 0,
+            precision=precision,
         )
         checkpoint.load_into(core, progress)
         core.finish_loading()

@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import Checkpoint, Device, Json, MaxContext, Quiet, Threads, integers, show_progress
+from .options import (
+    Checkpoint,
+    Device,
+    Json,
+    MaxContext,
+    Precision,
+    Quiet,
+    Threads,
+    integers,
+    show_progress,
+)
 
 if TYPE_CHECKING:
     from .._gptoss import Core
@@ -24,6 +34,7 @@ class Row:
 
     device: str
     isa: str
+    precision: str
     threads: int
     context: int
     prompt_tokens: int
@@ -43,6 +54,7 @@ def bench(
     repeats: Annotated[int, typer.Option(min=1, help="Of which the median counts.")] = 3,
     device: Device = "auto",
     threads: Threads = None,
+    precision: Precision = "exact",
     max_context: MaxContext = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -59,7 +71,12 @@ def bench(
     from ..model import Model
 
     with Model.load(
-        path, device, max_context=max_context, threads=threads, progress=show_progress(quiet)
+        path,
+        device,
+        max_context=max_context,
+        threads=threads,
+        precision=precision,
+        progress=show_progress(quiet),
     ) as model:
         longest = max(n_context + n_prompt for n_context, n_prompt in cases) + decode
         if longest > model.max_context:
@@ -81,6 +98,7 @@ def _row(core: Core, context: int, prompt: int, decode: int, repeats: int) -> Ro
     return Row(
         device=core.device,
         isa=core.isa,
+        precision=core.precision,
         threads=core.threads,
         context=context,
         prompt_tokens=prompt,
@@ -129,7 +147,8 @@ def _print_table(rows: list[Row]) -> None:
 
     first = rows[0]
     table = Table(
-        title=f"{first.device} {first.isa}, {first.threads} threads, median of {first.repeats}"
+        title=f"{first.device} {first.isa}, {first.precision}, {first.threads} threads, "
+        f"median of {first.repeats}"
     )
     for column in ("context", "prompt", "prompt tok/s", "decode", "decode tok/s"):
         table.add_column(column, justify="right")
