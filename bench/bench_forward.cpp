@@ -96,10 +96,10 @@ struct Bench {
     if (json)
       std::printf(
           "{\"bench\": \"%s\", \"shape\": \"%s\", \"layers\": %ld, \"tokens\": %ld, \"batch\": %ld, \"device\": \"%s\", "
-          "\"isa\": \"%s\", \"threads\": %d, \"tokens_per_second\": %.3f, \"seconds\": %.6f}\n",
+          "\"isa\": \"%s\", \"precision\": \"%s\", \"threads\": %d, \"tokens_per_second\": %.3f, \"seconds\": %.6f}\n",
           what, shape.c_str(), static_cast<long>(model->config().n_layers), static_cast<long>(context),
           static_cast<long>(batch), model->backend().device().c_str(), model->backend().isa().c_str(),
-          model->backend().threads(), rate, seconds);
+          precision_name(model->precision()), model->backend().threads(), rate, seconds);
     else
       std::printf("%-7s %6ld tokens  batch %-3ld %10.2f tok/s  %9.2f ms\n", what, static_cast<long>(context),
                   static_cast<long>(batch), rate, seconds * 1e3);
@@ -108,9 +108,10 @@ struct Bench {
 };
 
 int run(int argc, char** argv) {
-  std::map<std::string, std::string> options = {{"shape", "20b"}, {"layers", "0"},  {"prompt", "512"}, {"decode", "32"},
-                                                {"context", "0"}, {"batch", "1"},   {"threads", "0"},  {"device", "cpu"},
-                                                {"isa", ""},      {"repeats", "3"}, {"json", ""},      {"step", "512"}};
+  std::map<std::string, std::string> options = {{"shape", "20b"},      {"layers", "0"},  {"prompt", "512"}, {"decode", "32"},
+                                                {"context", "0"},      {"batch", "1"},   {"threads", "0"},  {"device", "cpu"},
+                                                {"isa", ""},           {"repeats", "3"}, {"json", ""},      {"step", "512"},
+                                                {"precision", "exact"}};
   for (int i = 1; i < argc; ++i) {
     const std::string name = std::strncmp(argv[i], "--", 2) == 0 ? argv[i] + 2 : "";
     CHECK(options.count(name), "unknown option ", argv[i]);
@@ -124,6 +125,7 @@ int run(int argc, char** argv) {
   ModelOptions model_options;
   model_options.backend = {options["device"], std::atoi(options["threads"].c_str()), options["isa"],
                            numbers(options["step"]).at(0)};
+  model_options.backend.precision = precision_of(options["precision"]);
   const auto start = Clock::now();
   Bench bench{random_model(preset(options["shape"], numbers(options["layers"]).at(0)), model_options), options["shape"],
               !options["json"].empty()};

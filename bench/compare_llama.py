@@ -43,6 +43,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--small", action="store_true", help="accuracy on small models instead")
     parser.add_argument("--llama-python", required=True, help="a Python that has llama-cpp-python")
     parser.add_argument("--gguf", help="where the GGUF is or goes; default: CHECKPOINT.gguf")
+    parser.add_argument("--precision", default="exact", help="of gptoss: exact or fast")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=3, help="runs of each engine")
     parser.add_argument("--prompt", default="512,2048", help="prompt lengths", **counts)
@@ -59,7 +60,7 @@ def parse_arguments() -> argparse.Namespace:
 def run_worker(arguments: argparse.Namespace, engine: str, job: dict[str, Any]) -> dict[str, Any]:
     """Runs one engine in a process of its own. Raises RuntimeError if that fails."""
     python = arguments.llama_python if engine == "llama" else sys.executable
-    job |= {"engine": engine, "threads": arguments.threads}
+    job |= {"engine": engine, "threads": arguments.threads, "precision": arguments.precision}
     done = subprocess.run(
         [python, str(WORKER)], input=json.dumps(job), capture_output=True, text=True, check=False
     )

@@ -164,9 +164,14 @@ __attribute__((target("avx512f,avx512vnni"))) inline void dot_int8_avx512(int64_
   const __m512i a = _mm512_set1_epi8(3), b = _mm512_set1_epi8(1);
   GPTOSS_CHAINS(kWideChains, __m512i, _mm512_setzero_si512(), _mm512_dpbusd_epi32(sum, a, b));
 }
-__attribute__((target("avx2,avxvnni"))) inline void dot_int8_avx2(int64_t rounds) {
+__attribute__((target("avx2,avxvnni"))) inline void dot_int8_avxvnni(int64_t rounds) {
   const __m256i a = _mm256_set1_epi8(3), b = _mm256_set1_epi8(1);
   GPTOSS_CHAINS(kChains, __m256i, _mm256_setzero_si256(), _mm256_dpbusd_avx_epi32(sum, a, b));
+}
+__attribute__((target("avx2"))) inline void dot_int8_avx2(int64_t rounds) {  // three instructions
+  const __m256i b = _mm256_set1_epi8(1), one = _mm256_set1_epi16(1);
+  GPTOSS_CHAINS(kChains, __m256i, _mm256_setzero_si256(),
+                _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(sum, b), one)));
 }
 #endif
 #undef GPTOSS_CHAINS
@@ -176,11 +181,13 @@ inline std::vector<Peak> supported_peaks() {
   std::vector<Peak> peaks = {{"fma_f32", "scalar", kChains * 4 * 2, fma_f32_plain}};
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
-    peaks.push_back({"fma_f32", "avx2", kChains * 8 * 2, fma_f32_avx2});
+    for (const Peak& peak :
+         {Peak{"fma_f32", "avx2", kChains * 8 * 2, fma_f32_avx2}, Peak{"dot_int8", "avx2", kChains * 32 * 2, dot_int8_avx2}})
+      peaks.push_back(peak);
   if (__builtin_cpu_supports("avx512f")) peaks.push_back({"fma_f32", "avx512", kWideChains * 16 * 2, fma_f32_avx512});
   if (__builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vl"))
     peaks.push_back({"dot_bf16", "avx512bf16", kWideChains * 32 * 2, dot_bf16_avx512});
-  if (__builtin_cpu_supports("avxvnni")) peaks.push_back({"dot_int8", "avxvnni", kChains * 32 * 2, dot_int8_avx2});
+  if (__builtin_cpu_supports("avxvnni")) peaks.push_back({"dot_int8", "avxvnni", kChains * 32 * 2, dot_int8_avxvnni});
   if (__builtin_cpu_supports("avx512vnni")) peaks.push_back({"dot_int8", "avx512vnni", kWideChains * 64 * 2, dot_int8_avx512});
 #endif
   return peaks;
@@ -190,7 +197,7 @@ inline std::vector<Peak> supported_peaks() {
 
 struct Limits {
   double bytes_per_second = 0;
-  double dot_flops = 0;  // of the widest product the set has: bfloat16 dot products, else float32 FMA
+  double dot_flops = 0;  // of the product the precision uses: bfloat16 or int8 dot products, else float32 FMA
   double fma_flops = 0;
 };
 
