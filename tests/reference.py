@@ -90,14 +90,15 @@ ENGINE_EXACT_SUMS = Precision(sums=torch.float64, operands=torch.bfloat16)
 
 def int8_rounded(x: Tensor, scales_in_bfloat16: bool = False) -> Tensor:
     """Each 32 numbers of a row as integers from -127 to 127 times a scale, their largest magnitude
-    / 127 (as bfloat16: rounded up). float32 [n, K] -> float64 [n, K], what they then stand for."""
+    / 127 (as bfloat16: rounded up). Blocks below 2^-50 are zeros.
+    float32 [n, K] -> float64 [n, K], what they then stand for."""
     blocks = x.float().unflatten(-1, (-1, 32))
     largest = blocks.abs().amax(-1, keepdim=True)
     scale, inverse = largest / 127, torch.tensor(127.0) / largest
     if scales_in_bfloat16:
         scale = ((scale.view(torch.int32) + 0xFFFF) & -0x10000).view(torch.float32)
         inverse = 1 / scale
-    codes = torch.where(largest >= 2.0**-100, (blocks * inverse).round(), 0.0)
+    codes = torch.where(largest >= 2.0**-50, (blocks * inverse).round(), 0.0)
     return (codes.double() * scale.double()).flatten(-2)
 
 

@@ -109,7 +109,7 @@ def test_zeros_and_what_is_not_finite(isa: str) -> None:
     """Blocks of zeros or next to nothing are zeros; NaN and infinity show in their rows only."""
     x, weight = torch.zeros(6, 64), normal(40, 64, generator=seeded(8)).bfloat16()
     weight[3], weight[4, 32:], weight[5, 32:] = 0, 1e-38, torch.nan
-    x[1, :32], x[2, 7], x[3, 40], x[4, 63], x[5] = 1, 1e-38, torch.nan, -torch.inf, 1e30
+    x[1, :32], x[2, 7], x[3, 40], x[4, 63], x[5] = 1, 1e-38, torch.nan, -torch.inf, 1e17
     out = run_linear(isa, x, weight)
     assert (out[[0, 2]].nan_to_num(0) == 0).all() and (out[:3, 3] == 0).all()
     fine = torch.arange(40) != 5
@@ -117,6 +117,25 @@ def test_zeros_and_what_is_not_finite(isa: str) -> None:
     assert out[3:5].isnan().all() and out[:, 5].isnan().all()
     plain = reference.linear(x[1:2], weight[fine], None, FAST)
     torch.testing.assert_close(out[1:2, fine], plain)
+
+
+@cpu_only
+def test_numbers_beyond_its_range(isa: str) -> None:
+    """A token with a number from 2^60 on shows it; scales of experts beyond 2^60 are refused."""
+    generator = seeded(9)
+    x, (blocks, scales) = normal(3, 64, generator=generator), random_mxfp4((40, 64), 1, generator)
+    x[1, 40] = 2.0**60
+    ops, out = make_ops(isa, precision="fast"), torch.empty(3, 40)
+    scales[0], scales[1] = 67, 187
+    ops.mxfp4_linear(out, x, blocks, scales)
+    assert out[1].isnan().all()
+    weight = reference.mxfp4_decode(blocks, scales)
+    plain = reference.linear(x[[0, 2]], weight, None, FAST)
+    torch.testing.assert_close(out[[0, 2]], plain, rtol=1e-4, atol=1e-4)
+    for byte in (66, 188):
+        scales[7, 1] = byte
+        with pytest.raises(ValueError, match=f"scales: scale bytes .*{byte}.*precision"):
+            ops.mxfp4_linear(out, x, blocks, scales)
 
 
 @cpu_only

@@ -196,6 +196,12 @@ void CpuBackend::load_mxfp4_blocks(Weight& weight, const HostTensor& blocks) {
 
 void CpuBackend::load_mxfp4_scales(Weight& weight, const HostTensor& scales) {
   const uint8_t* source = static_cast<const uint8_t*>(scales.data);
+  if (fast_) {
+    const auto [least, most] = std::minmax_element(source, source + weight.experts * weight.rows * weight.cols / 32);
+    CHECK(*least >= kLeastInt8Scale && *most <= kMostInt8Scale, scales.name, ": scale bytes from ", int{*least}, " to ",
+          int{*most}, " are more than precision \"fast\" can take, ", int{kLeastInt8Scale}, " to ", int{kMostInt8Scale},
+          "; use \"exact\"");
+  }
   pack_experts(pool_, weight, [&](uint8_t* panel, int64_t row, int64_t n) {
     kernels_.pack_mxfp4_scales(panel, source + row * weight.cols / 32, n, weight.cols, weight.gate_up);
   });

@@ -11,9 +11,10 @@
 //
 // Packed tokens. The other operand is cut into tiles of up to `tile` tokens, as alike in size as can be: [K/2 pairs][tokens of
 // the tile][2], elements rounded to bfloat16, stored as bfloat16 (packed_bytes 2) or as the equal float32 (packed_bytes 4).
-// In products of bytes (precision "fast"): K/32 blocks of [tokens] float32 scales (of an FP4 product: half of it, for its
-// bytes are twice the values), [tokens] int32 corrections (minus the sum of the codes times what the weights' bytes are offset
-// by, 12 or 128), and [8 quads][tokens][4] int8 codes.
+// In products of bytes (precision "fast"): [tokens] float32 that sums start from, 0 or not a number, then K/32 blocks of
+// [tokens] float32 scales, [tokens] int32 corrections (minus the sum of the codes times what the weights' bytes are offset by,
+// 12 or 128), and [8 quads][tokens][4] int8 codes. In an FP4 product the bits of a scale are those of half of it (the weights'
+// bytes are twice the values) less 127 << 23: a block's scale byte << 23 added to them makes the product of both scales.
 //
 // Every output is  sum over blocks of 32 inputs ( scale * sum over 16 pairs in order ), whatever the number of tokens, so a
 // token's result never depends on the tile it came in. In products of bytes the 32 are summed in int32, without any rounding.
@@ -33,7 +34,9 @@ constexpr int64_t mxfp4_panel_bytes(int64_t cols) { return mxfp4_scale_bytes(col
 inline constexpr int64_t kInt8BlockBytes = kPanelRows * (2 + 32);
 constexpr int64_t int8_panel_bytes(int64_t cols) { return cols / 32 * kInt8BlockBytes; }
 inline constexpr int64_t kInt8TokenBlockBytes = 4 + 4 + 32;
-constexpr int64_t int8_token_bytes(int64_t cols) { return cols / 32 * kInt8TokenBlockBytes; }
+constexpr int64_t int8_token_bytes(int64_t cols) { return 4 + cols / 32 * kInt8TokenBlockBytes; }
+// Scale bytes of MXFP4 weights in products of bytes: 2^-60 to 2^60, so that a product of scales is a normal number.
+inline constexpr uint8_t kLeastInt8Scale = 127 - 60, kMostInt8Scale = 127 + 60;
 
 // Tile i of n tokens has those from tile_start(i) to tile_start(i + 1).
 constexpr int64_t n_tiles(int64_t n, int64_t tile) { return (n + tile - 1) / tile; }

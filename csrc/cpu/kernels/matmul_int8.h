@@ -35,6 +35,7 @@ struct Int8Panel {
   INLINE F32 scales(const Int8Panel& p, int64_t block, int64_t half) {
     return load_bf16((const uint16_t*)(p.blocks + block * kInt8BlockBytes) + half * 16);
   }
+  INLINE F32 times(F32 scales, int32_t token_scale) { return mul(scales, set1(as_float((uint32_t)token_scale))); }
 };
 
 struct CodePanel {
@@ -58,8 +59,10 @@ struct CodePanel {
     }
   }
   INLINE F32 scales(const CodePanel& p, int64_t block, int64_t half) {
-    return load_scales(p.scale_bytes + block * 32 + half * 16);
+    return load_exponents(p.scale_bytes + block * 32 + half * 16);
   }
+  // An addition, for the units that multiply are busy with the products.
+  INLINE F32 times(F32 exponents, int32_t token_scale) { return add_bits(exponents, token_scale); }
 };
 
 // What a tile fetches into the cache while it works: `step` bytes (a multiple of 64) with every block. Where a panel meets many
@@ -76,13 +79,14 @@ static void int8_panel_times_tile(float* totals, const Panel& panel, const uint8
   using W = typename Panel::W;
   for (int64_t half = 0; half < 2; half += kInt8Halves) {
     float* out = totals + half * T * kLanes;
-    for (int64_t i = 0; i < kInt8Halves * T; ++i) store(out + i * kLanes, zero());
-    const uint8_t* tokens = tile;
+    const float* starts = (const float*)tile;  // [T]
+    for (int64_t i = 0; i < kInt8Halves * T; ++i) store(out + i * kLanes, set1(starts[i % T]));
+    const uint8_t* tokens = tile + 4 * T;
     for (int64_t block = 0; block < cols / 32; ++block, tokens += T * kInt8TokenBlockBytes) {
       for (int64_t i = 0; i < ahead.step; i += 64) __builtin_prefetch(ahead.data + i, 0, 2);
       ahead.data += ahead.step;
-      const float* scales = (const float*)tokens;                 // [T]
-      const int32_t* corrections = (const int32_t*)(scales + T);  // [T]
+      const int32_t* scales = (const int32_t*)tokens;  // [T]
+      const int32_t* corrections = scales + T;         // [T]
       I32 sums[kInt8Halves][T];
       UNROLL for (int t = 0; t < T; ++t) { UNROLL for (int h = 0; h < kInt8Halves; ++h) sums[h][t] = start<W>(corrections[t]); }
       Panel::template add_block<T>(sums, panel, block, half, (const int8_t*)(corrections + T));
@@ -90,7 +94,7 @@ static void int8_panel_times_tile(float* totals, const Panel& panel, const uint8
         const F32 weight_scales = Panel::scales(panel, block, half + h);
         UNROLL for (int t = 0; t < T; ++t) {
           float* total = out + (h * T + t) * kLanes;
-          store(total, fma(to_float(sums[h][t]), mul(weight_scales, set1(scales[t])), load(total)));
+          store(total, fma(to_float(sums[h][t]), Panel::times(weight_scales, scales[t]), load(total)));
         }
       }
     }

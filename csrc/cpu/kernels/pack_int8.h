@@ -1,7 +1,7 @@
 // Rounding to int8, 32 inputs to a scale: rows of weights while loading, token tiles before a product.
 //
-// A scale is the block's largest magnitude / 127, a code the nearest integer to x / scale. A block below 2^-100 counts as zero;
-// one that holds an infinity or no number gets the scale NaN, so that it shows in every output it has a part in.
+// A scale is the block's largest magnitude / 127, a code the nearest integer to x / scale. A block below 2^-50 counts as zero.
+// What is not finite, or a token's number from 2^60 on, makes every output that it has a part in not a number.
 #pragma once
 #include "cpu/kernel_table.h"
 #include "pack.h"
@@ -12,7 +12,7 @@ namespace {
 using gptoss::cpu::kInt8BlockBytes;
 using gptoss::cpu::kInt8TokenBlockBytes;
 
-constexpr uint32_t kSmallestBits = 0x0D800000, kInfinityBits = 0x7F800000;  // 2^-100
+constexpr uint32_t kSmallestBits = 0x26800000, kLargestBits = 0x5D800000, kInfinityBits = 0x7F800000;  // 2^-50, 2^60
 
 INLINE float as_float(uint32_t bits) {
   float x;
@@ -54,31 +54,33 @@ static void pack_int8_panel(uint8_t* panel, const uint16_t* source, int64_t n_ro
     }
 }
 
-// offset: what the weights' bytes have added to them; unit: what one of their steps is worth.
+// offset: what the weights' bytes have added to them.
 static void pack_tokens_int8(void* tile, const float* x, int64_t stride, const int32_t* rows, int64_t n, int64_t cols,
                              bool mxfp4) {
   const int32_t offset = mxfp4 ? 12 : 128;
-  const float unit = mxfp4 ? .5f : 1.f;
   for (int64_t t = 0; t < n; ++t) {
     const float* in = x + (rows ? rows[t] : t) * stride;
-    uint8_t* block = (uint8_t*)tile;
+    float start = 0.f;
+    uint8_t* block = (uint8_t*)tile + 4 * n;
     for (int64_t i = 0; i < cols; i += 32, block += n * kInt8TokenBlockBytes) {
       const F32 a = load(in + i), b = load(in + i + 16);
       const uint32_t bits = largest_bits(a, b);
       int8_t codes[32] = {};
-      int32_t correction = 0;
-      float scale = bits < kInfinityBits ? 0.f : __builtin_nanf("");
-      if (bits >= kSmallestBits && bits < kInfinityBits) {
-        const float largest = as_float(bits);
+      int32_t correction = 0, scale_bits = 0;
+      if (bits >= kLargestBits) start = __builtin_nanf("");
+      if (bits >= kSmallestBits && bits < kLargestBits) {
+        const float largest = as_float(bits), scale = largest / 127.f;
         const F32 inverse = set1(127.f / largest);
         const int32_t sum = to_int8(codes, mul(a, inverse)) + to_int8(codes + 16, mul(b, inverse));
-        scale = largest / 127.f * unit;
+        __builtin_memcpy(&scale_bits, &scale, 4);
+        if (mxfp4) scale_bits -= 128 << 23;
         correction = -offset * sum;
       }
-      __builtin_memcpy(block + 4 * t, &scale, 4);
+      __builtin_memcpy(block + 4 * t, &scale_bits, 4);
       __builtin_memcpy(block + 4 * (n + t), &correction, 4);
       for (int64_t quad = 0; quad < 8; ++quad) __builtin_memcpy(block + 8 * n + 4 * (quad * n + t), codes + 4 * quad, 4);
     }
+    __builtin_memcpy((uint8_t*)tile + 4 * t, &start, 4);
   }
 }
 

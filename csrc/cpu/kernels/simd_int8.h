@@ -5,6 +5,7 @@
 //   CodeWeights  four FP4 weights of each of 16 output rows, unsigned: twice the value, plus 12 (0 .. 24)
 //   Int8Weights  four int8 weights of each of 16 output rows, unsigned: plus 128 (1 .. 255)
 //   start<W>     what a block's sums start from: the offset's part of them taken away beforehand
+//   add_bits     adds to the bits of a float32: a whole number << 23 multiplies by a power of two
 //   dot4         acc + the four products, lane by lane; integers, so exact in every set
 #pragma once
 #include "simd.h"
@@ -28,6 +29,12 @@ struct Int8Weights {
   __m512i bytes;
 };
 INLINE F32 to_float(I32 x) { return _mm512_cvtepi32_ps(x); }
+INLINE F32 load_exponents(const uint8_t* p) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)), 23));
+}
+INLINE F32 add_bits(F32 x, int32_t n) {
+  return _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(n)));
+}
 INLINE Quad load_quad(const int8_t* p) {
   int32_t word;
   __builtin_memcpy(&word, p, 4);
@@ -88,6 +95,13 @@ struct Int8Weights {
   __m256i size_lo, size_hi;  // their magnitudes
 };
 INLINE F32 to_float(I32 x) { return {_mm256_cvtepi32_ps(x.lo), _mm256_cvtepi32_ps(x.hi)}; }
+INLINE __m256 exponents8(__m128i bytes) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu8_epi32(bytes), 23)); }
+INLINE F32 load_exponents(const uint8_t* p) {
+  const __m128i bytes = _mm_loadu_si128((const __m128i*)p);
+  return {exponents8(bytes), exponents8(_mm_srli_si128(bytes, 8))};
+}
+INLINE __m256 add_bits(__m256 x, __m256i n) { return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), n)); }
+INLINE F32 add_bits(F32 x, int32_t n) { return {add_bits(x.lo, _mm256_set1_epi32(n)), add_bits(x.hi, _mm256_set1_epi32(n))}; }
 INLINE Quad load_quad(const int8_t* p) {
   int32_t word;
   __builtin_memcpy(&word, p, 4);
@@ -161,6 +175,16 @@ struct Int8Weights {
 INLINE F32 to_float(const I32& x) {
   F32 r;
   for (int i = 0; i < 16; ++i) r.v[i] = (float)x.v[i];
+  return r;
+}
+INLINE F32 load_exponents(const uint8_t* p) {
+  F32 r;
+  for (int i = 0; i < 16; ++i) r.v[i] = bits_to_float((uint32_t)p[i] << 23);
+  return r;
+}
+INLINE F32 add_bits(const F32& x, int32_t n) {
+  F32 r;
+  for (int i = 0; i < 16; ++i) r.v[i] = bits_to_float(float_to_bits(x.v[i]) + (uint32_t)n);
   return r;
 }
 INLINE Quad load_quad(const int8_t* p) { return {{p[0], p[1], p[2], p[3]}}; }
