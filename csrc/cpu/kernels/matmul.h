@@ -25,7 +25,8 @@ INLINE void add_pair(F32 (&sums)[kHalves][T], const Weights (&w)[kHalves], const
 }
 
 struct Bf16Panel {
-  const uint16_t* pairs;  // [K/2][32][2]
+  static constexpr bool kFetches = false;  // long enough a stream for the processor's own prefetcher
+  const uint16_t* pairs;                   // [K/2][32][2]
 
   INLINE Bf16Panel at(const uint8_t* panel, int64_t) { return {(const uint16_t*)panel}; }
 
@@ -42,6 +43,7 @@ struct Bf16Panel {
 };
 
 struct Mxfp4Panel {
+  static constexpr bool kFetches = true;
   const uint8_t* scales;  // [K/32][32]
   const uint8_t* codes;   // [K/8][32][4]
 
@@ -71,13 +73,36 @@ struct Mxfp4Panel {
   }
 };
 
+// What a tile fetches into the cache while it works: `step` bytes (a multiple of 64) with every block. Where a panel meets many
+// tiles, its successor, spread over all of them; where it meets one, the stream that it lies in, a little way on.
+constexpr int64_t kStreamAhead = 16384;
+struct Ahead {
+  const uint8_t* data = nullptr;
+  int64_t step = 0;
+};
+
+// Of tile `tile` with panel `index`, panels having so many bytes.
+INLINE Ahead ahead_of(const MatmulArgs& a, int64_t bytes, int64_t index, int64_t tile, int64_t n_tiles) {
+  const int64_t blocks = a.cols / 32, step = gptoss::cpu::round_up(bytes / (n_tiles * blocks), 64),
+                fetched = tile * blocks * step;
+  if (n_tiles == 1) return {a.panels + index * bytes + kStreamAhead, step};
+  const bool last = index + 1 == a.first_panel + a.n_panels;
+  return {a.panels + (index + 1) * bytes + fetched, last || fetched >= bytes ? 0 : step};
+}
+
+INLINE void fetch(Ahead& ahead) {
+  for (int64_t i = 0; i < ahead.step; i += 64) __builtin_prefetch(ahead.data + i, 0, 2);
+  ahead.data += ahead.step;
+}
+
 // totals: [2 halves][T][16] = panel x tile
 template <class Panel, int T>
-static void panel_times_tile(float* totals, const Panel& panel, const Packed* x, int64_t cols) {
+static void panel_times_tile(float* totals, const Panel& panel, const Packed* x, int64_t cols, Ahead ahead) {
   for (int64_t half = 0; half < 2; half += kHalves) {
     float* out = totals + half * T * kLanes;
     for (int64_t i = 0; i < kHalves * T; ++i) store(out + i * kLanes, zero());
     for (int64_t block = 0; block < cols / 32; ++block) {
+      fetch(ahead);
       F32 sums[kHalves][T];
       UNROLL for (int h = 0; h < kHalves; ++h) { UNROLL for (int t = 0; t < T; ++t) sums[h][t] = zero(); }
       Panel::template add_block<T>(sums, panel, block, half, x + block * 32 * T);
@@ -146,10 +171,10 @@ static void write_swiglu(const MatmulArgs& a, const float* totals, int64_t panel
 }
 
 template <class Panel, int T>
-static void multiply_tile(const MatmulArgs& a, const uint8_t* panel_data, int64_t panel, int64_t first) {
+static void multiply_tile(const MatmulArgs& a, const uint8_t* panel_data, int64_t panel, int64_t first, Ahead ahead) {
   alignas(64) float totals[2 * T * kLanes];
   const Packed* x = (const Packed*)a.packed + first * a.cols;
-  panel_times_tile<Panel, T>(totals, Panel::at(panel_data, a.cols), x, a.cols);
+  panel_times_tile<Panel, T>(totals, Panel::at(panel_data, a.cols), x, a.cols, ahead);
   if (a.epilogue == Epilogue::kSwiglu)
     write_swiglu(a, totals, panel, first, T);
   else
@@ -157,10 +182,11 @@ static void multiply_tile(const MatmulArgs& a, const uint8_t* panel_data, int64_
 }
 
 template <class Panel, int T>
-static void multiply_rest(const MatmulArgs& a, const uint8_t* panel_data, int64_t panel, int64_t first, int64_t n) {
+static void multiply_rest(const MatmulArgs& a, const uint8_t* panel_data, int64_t panel, int64_t first, int64_t n,
+                          Ahead ahead) {
   if constexpr (T > 0) {
-    if (n == T) return multiply_tile<Panel, T>(a, panel_data, panel, first);
-    multiply_rest<Panel, T - 1>(a, panel_data, panel, first, n);
+    if (n == T) return multiply_tile<Panel, T>(a, panel_data, panel, first, ahead);
+    multiply_rest<Panel, T - 1>(a, panel_data, panel, first, n, ahead);
   }
 }
 
@@ -172,7 +198,8 @@ static void multiply_panels(const MatmulArgs& a, int64_t panel_bytes) {
     for (int64_t i = 0; i < n_tiles; ++i) {
       const int64_t first = gptoss::cpu::tile_start(a.n_tokens, n_tiles, i);
       const int64_t n = gptoss::cpu::tile_start(a.n_tokens, n_tiles, i + 1) - first;
-      multiply_rest<Panel, kTile>(a, data, panel, first, n);
+      multiply_rest<Panel, kTile>(a, data, panel, first, n,
+                                  Panel::kFetches ? ahead_of(a, panel_bytes, panel, i, n_tiles) : Ahead{});
     }
   }
 }

@@ -65,14 +65,6 @@ struct CodePanel {
   INLINE F32 times(F32 exponents, int32_t token_scale) { return add_bits(exponents, token_scale); }
 };
 
-// What a tile fetches into the cache while it works: `step` bytes (a multiple of 64) with every block. Where a panel meets many
-// tiles, its successor, spread over all of them; where it meets one, the stream that it lies in, a little way on.
-constexpr int64_t kStreamAhead = 8192;
-struct Ahead {
-  const uint8_t* data;
-  int64_t step;
-};
-
 // totals: [2 halves][T][16] = panel x tile
 template <class Panel, int T>
 static void int8_panel_times_tile(float* totals, const Panel& panel, const uint8_t* tile, int64_t cols, Ahead ahead) {
@@ -83,8 +75,7 @@ static void int8_panel_times_tile(float* totals, const Panel& panel, const uint8
     for (int64_t i = 0; i < kInt8Halves * T; ++i) store(out + i * kLanes, set1(starts[i % T]));
     const uint8_t* tokens = tile + 4 * T;
     for (int64_t block = 0; block < cols / 32; ++block, tokens += T * kInt8TokenBlockBytes) {
-      for (int64_t i = 0; i < ahead.step; i += 64) __builtin_prefetch(ahead.data + i, 0, 2);
-      ahead.data += ahead.step;
+      fetch(ahead);
       const int32_t* scales = (const int32_t*)tokens;  // [T]
       const int32_t* corrections = scales + T;         // [T]
       I32 sums[kInt8Halves][T];
@@ -132,15 +123,11 @@ static void multiply_int8_rest(const MatmulArgs& a, const Panel& panel, int64_t 
 
 template <class Panel>
 static void multiply_int8_panels(const MatmulArgs& a) {
-  const int64_t n_tiles = gptoss::cpu::n_tiles(a.n_tokens, kInt8Tile), blocks = a.cols / 32, bytes = Panel::bytes(a.cols);
-  const int64_t step = gptoss::cpu::round_up(bytes / (n_tiles * blocks), 64);
+  const int64_t n_tiles = gptoss::cpu::n_tiles(a.n_tokens, kInt8Tile);
   for (int64_t index = a.first_panel; index < a.first_panel + a.n_panels; ++index) {
     const Panel panel = Panel::at(a, index);
-    const bool last = index + 1 == a.first_panel + a.n_panels;
     for (int64_t i = 0; i < n_tiles; ++i) {
-      const int64_t fetched = i * blocks * step;
-      Ahead ahead = {a.panels + (index + 1) * bytes + fetched, last || fetched >= bytes ? 0 : step};
-      if (n_tiles == 1) ahead = {a.panels + index * bytes + kStreamAhead, step};
+      const Ahead ahead = ahead_of(a, Panel::bytes(a.cols), index, i, n_tiles);
       const int64_t first = gptoss::cpu::tile_start(a.n_tokens, n_tiles, i);
       const int64_t n = gptoss::cpu::tile_start(a.n_tokens, n_tiles, i + 1) - first;
       multiply_int8_rest<Panel, kInt8Tile>(a, panel, index, first, n, ahead);
