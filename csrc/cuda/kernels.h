@@ -67,6 +67,15 @@ struct MatmulArgs {
 int64_t matmul_tile(int64_t tokens_a_matrix);  // tokens a tile takes: 8 or 64
 void matmul(const MatmulArgs& args, bool mxfp4, Epilogue epilogue, int64_t tile, cudaStream_t stream);
 
+// --- hopper.cu ------------------------------------------------------------------------------------------------------
+// The same products for many tokens on a card of compute capability 9.0. Inputs are rows of `x` packed by hopper_pack, one for
+// each row of the result (MatmulArgs::gather is not looked at); kSwiglu leaves its result packed.
+inline constexpr int64_t kHopperTokens = 128;        // of a tile
+bool hopper_pays(int64_t tokens, int64_t matrices);  // that share the tokens among them
+// Row i of packed [n, x.stride] is row slots[i] / gather of x where gather is not 0, else row i.
+void hopper_pack(Rounded packed, Rounded x, const int32_t* slots, int32_t gather, int64_t n, cudaStream_t stream);
+void hopper_matmul(const MatmulArgs& args, bool mxfp4, Epilogue epilogue, int multiprocessors, cudaStream_t stream);
+
 // --- weights.cu -----------------------------------------------------------------------------------------------------
 int64_t arranged_bytes(bool mxfp4, int64_t experts, int64_t rows, int64_t cols);  // codes and scales
 int64_t arranged_scales_offset(int64_t experts, int64_t rows, int64_t cols);      // where an MXFP4 weight's scales begin

@@ -12,7 +12,7 @@
 // MXFP4: the sum of a block of 32 inputs is multiplied by its scale, as on the CPU; codes are exact in bfloat16.
 //
 // Bytes: each weight once for every tile of tokens. Operations: 2 rows cols n.
-#include "cuda/kernels.h"
+#include "cuda/matmul.cuh"
 
 namespace gptoss::cuda {
 namespace {
@@ -23,42 +23,6 @@ struct Narrow {
 struct Wide {
   static constexpr int kTokens = 64, kWarps = 8, kThreads = kWarps * kWarp, kStages = 4;
 };
-
-// One lane's weights of 16 rows x 64 inputs.
-template <bool kMxfp4>
-struct Group {
-  uint4 v[kMxfp4 ? 1 : 4];
-  uint32_t scales;
-};
-
-template <bool kMxfp4>
-__device__ __forceinline__ Group<kMxfp4> load_group(const MatmulArgs& a, int64_t block) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  Group<kMxfp4> group;
-  constexpr int kVectors = kMxfp4 ? 1 : 4;
-  const uint4* from = reinterpret_cast<const uint4*>(a.codes) + block * kVectors * kWarp + lane;
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) group.v[i] = load_once(from + i * kWarp);
-  group.scales = kMxfp4 ? reinterpret_cast<const uint32_t*>(a.scales)[block * 8 + lane / 4] : 0;
-  return group;
-}
-
-// 2^(byte - 127); 255 gives infinity.
-__device__ __forceinline__ float scale_of(uint32_t scales, int byte) {
-  const uint32_t exponent = scales >> 8 * byte & 255;
-  return __uint_as_float(exponent ? exponent << 23 : 0x00400000u);
-}
-
-// A word of 8 codes (weights.cu) to 4 pairs of bfloat16.
-__device__ __forceinline__ void decode(uint32_t (&pairs)[4], uint32_t word) {
-  constexpr uint32_t kSigns = 0x80008000u, kValues = 0x01c001c0u, kBoth = kSigns | kValues, kTwoTo126 = 0x7e807e80u;
-  pairs[0] = word & kBoth;
-  pairs[1] = word << 3 & kBoth;
-  pairs[2] = (word << 6 & kValues) | (word << 1 & kSigns);
-  pairs[3] = (word >> 3 & kValues) | (word << 2 & kSigns);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) pairs[i] = multiply_bf16(pairs[i], kTwoTo126);
-}
 
 // acc[t] += group x tokens, 64 inputs. inputs(t, b): this lane's 8 inputs of block b (of 32) of its token in tile t of 8.
 template <bool kMxfp4, int kTiles, class Inputs>
@@ -99,32 +63,6 @@ __device__ __forceinline__ void multiply(FragmentC (&acc)[kTiles], const Group<k
 
 __device__ __forceinline__ int64_t input_row(const MatmulArgs& a, const TokenTile& tile, int i) {
   return a.gather ? a.slots[tile.first + i] / a.gather : tile.first + i;
-}
-
-// The sums of rows r and r + 8 of a block of 16, for token i of the tile.
-template <Epilogue kEpilogue>
-__device__ __forceinline__ void finish(const MatmulArgs& a, const TokenTile& tile, int i, int64_t block, int r, float low,
-                                       float high) {
-  const int64_t to = a.scatter ? a.slots[tile.first + i] : tile.first + i;
-  const float* bias = a.bias ? a.bias + tile.expert * a.rows : nullptr;
-  if constexpr (kEpilogue == Epilogue::kSwiglu) {
-    const int64_t p = block * 8 + r;
-    if (p >= a.rows / 2) return;
-    float gate = low + bias[2 * p], up = high + bias[2 * p + 1];
-    gate = gate > a.limit ? a.limit : gate;  // a NaN stays one
-    up = up > a.limit ? a.limit : up < -a.limit ? -a.limit : up;
-    const float value = gate / (1.f + expf(-1.702f * gate)) * (up + 1.f);
-    a.hidden.data[to * a.hidden.stride + p] = static_cast<uint16_t>(pack_bf16(value, 0.f));
-  } else {
-    for (int half = 0; half < 2; ++half) {
-      const int64_t m = block * 16 + half * 8 + r;
-      if (m >= a.rows) return;
-      float value = half ? high : low;
-      if (bias) value += bias[m];
-      float* out = a.out + to * a.rows + m;
-      *out = kEpilogue == Epilogue::kAdd ? *out + value : value;
-    }
-  }
 }
 
 // Blocks go through the tiles of tokens first, so that neighbours in time share weights.
