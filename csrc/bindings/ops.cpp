@@ -18,10 +18,12 @@ constexpr int64_t kAny = -1;
 
 class Ops {
  public:
-  Ops(const std::string& device, const std::string& isa, int threads) {
-    const BackendOptions options{device, threads, isa, kMaxRows};
+  Ops(const std::string& device, const std::string& isa, int threads, bool invariant) {
+    const BackendOptions options{device, threads, isa, kMaxRows, invariant};
     backend_ = device == "cpu" ? make_cpu_backend(options) : make_cuda_backend(options);
   }
+
+  std::string isa() const { return backend_->isa(); }
 
   void embed(py::object out, py::object tokens, py::object table) {
     BorrowedTensor out_(out, "out"), tokens_(tokens, "tokens"), table_(table, "table");
@@ -231,7 +233,9 @@ class Ops {
 
 void bind_ops(py::module_& m) {
   py::class_<Ops>(m, "Ops", "Single operations of a backend, for tests. Results are written into the output tensors.")
-      .def(py::init<const std::string&, const std::string&, int>(), "device"_a = "cpu", "isa"_a = "", "threads"_a = 1)
+      .def(py::init<const std::string&, const std::string&, int, bool>(), "device"_a = "cpu", "isa"_a = "", "threads"_a = 1,
+           "invariant"_a = true)
+      .def_property_readonly("isa", &Ops::isa)
       .def("embed", &Ops::embed, "out"_a, "tokens"_a, "table"_a)
       .def("rmsnorm", &Ops::rmsnorm, "out"_a, "x"_a, "weight"_a, "eps"_a)
       .def("linear", &Ops::linear, "out"_a, "x"_a, "weight"_a, "bias"_a, "add"_a = false)

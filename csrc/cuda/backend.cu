@@ -21,6 +21,7 @@ class CudaBackend final : public Backend {
   CudaBackend(int device, const BackendOptions& options) : device_(device), max_tokens_(options.max_batch_tokens) {
     use();
     CUDA_CHECK(cudaGetDeviceProperties(&properties_, device));
+    hopper_ = properties_.major == 9 && !options.invariant;
     stream_ = std::make_unique<Stream>();
     batch_copied_ = std::make_unique<Event>();
     stage_ = std::make_unique<Stage>();
@@ -131,6 +132,13 @@ class CudaBackend final : public Backend {
     return result;
   }
 
+  // n rows of x as hopper.cu wants them: row i is row slots[i] / gather of x, or row i where gather is 0.
+  Rounded packed(Rounded x, const int32_t* slots, int32_t gather, int64_t n) {
+    ensure(packed_, n * x.stride * 2);
+    const Rounded result = {packed_.as<uint16_t>(), x.stride};
+    hopper_pack(result, x, slots, gather, n, *stream_);
+    return result;
+  }
   void product(Mat<float> out, Mat<const float> t, const Weight& weight, const float* bias, Epilogue epilogue);
   int64_t pages_seen(int64_t window) const;
   template <class Arrange>
@@ -138,6 +146,7 @@ class CudaBackend final : public Backend {
 
   int device_;
   int64_t max_tokens_;
+  bool hopper_ = false;  // products of many tokens are hopper.cu's
   cudaDeviceProp properties_{};
   std::unique_ptr<Stream> stream_;
   std::unique_ptr<Stage> stage_;         // while loading
@@ -151,6 +160,7 @@ class CudaBackend final : public Backend {
   int64_t rounded_rows_ = 0, rounded_cols_ = 0;
   Buffer partial_;                  // attention's parts
   Buffer slots_, tiles_, n_tiles_;  // [n k]; [tiles]; [1]
+  Buffer packed_;                   // [n, cols] or [n k, H] bfloat16, for hopper.cu
   Buffer hidden_;                   // [n k, I] bfloat16
   Buffer outputs_;                  // [n k, H]
 };
@@ -217,6 +227,7 @@ void CudaBackend::reserve(const ModelConfig& config) {
   ensure(hidden_, slots * round_up(config.intermediate_size, 64) * 2);
   CUDA_CHECK(cudaMemsetAsync(hidden_.data(), 0, hidden_.bytes(), *stream_));  // columns past the end stay 0
   ensure(outputs_, slots * config.hidden_size * 4);
+  if (hopper_) ensure(packed_, std::max(slots * round_up(config.hidden_size, 64), n * round_up(config.q_size(), 64)) * 2);
 }
 
 // ------------------------------------------------------------------------------------------------------------ a step
@@ -286,7 +297,13 @@ void CudaBackend::product(Mat<float> out, Mat<const float> t, const Weight& weig
   args.n = t.rows;
   args.bias = bias;
   args.out = out.data;
-  matmul(args, weight.format == WeightFormat::kMxfp4, epilogue, matmul_tile(t.rows), *stream_);
+  const bool mxfp4 = weight.format == WeightFormat::kMxfp4;
+  if (hopper_ && hopper_pays(t.rows, 1)) {
+    args.x = packed(args.x, nullptr, 0, t.rows);
+    hopper_matmul(args, mxfp4, epilogue, properties_.multiProcessorCount, *stream_);
+  } else {
+    matmul(args, mxfp4, epilogue, matmul_tile(t.rows), *stream_);
+  }
   forget(out.data);
 }
 
@@ -321,7 +338,8 @@ void CudaBackend::moe_add(Mat<float> x, Mat<const float> t, const Routing& top, 
   use();
   const Weight &gate_up = *experts.gate_up, &down = *experts.down;
   const int64_t k = top.experts.cols, slots = t.rows * k, n_experts = gate_up.experts;
-  const int64_t tile = matmul_tile(ceil_div(slots, n_experts));
+  const bool hopper = hopper_ && hopper_pays(slots, n_experts);
+  const int64_t tile = hopper ? kHopperTokens : matmul_tile(ceil_div(slots, n_experts));
   const Rounded hidden = {hidden_.as<uint16_t>(), round_up(down.cols, 64)};
   MatmulArgs args;
   args.x = rounded_input(t);
@@ -332,6 +350,12 @@ void CudaBackend::moe_add(Mat<float> x, Mat<const float> t, const Routing& top, 
   dispatch(slots_.as<int32_t>(), tiles_.as<TokenTile>(), n_tiles_.as<int32_t>(), top.experts.data, slots, n_experts, tile,
            *stream_);
 
+  const auto experts_product = [&](const MatmulArgs& a, Epilogue epilogue) {
+    if (hopper)
+      hopper_matmul(a, true, epilogue, properties_.multiProcessorCount, *stream_);
+    else
+      matmul(a, true, epilogue, tile, *stream_);
+  };
   MatmulArgs up = args;
   up.codes = gate_up.storage.as<uint8_t>();
   up.scales = up.codes + arranged_scales_offset(n_experts, gate_up.rows, gate_up.cols);
@@ -342,7 +366,8 @@ void CudaBackend::moe_add(Mat<float> x, Mat<const float> t, const Routing& top, 
   up.hidden = hidden;
   up.limit = experts.swiglu_limit;
   up.gather = static_cast<int32_t>(k);
-  matmul(up, true, Epilogue::kSwiglu, tile, *stream_);
+  if (hopper) up.x = packed(up.x, up.slots, up.gather, slots);
+  experts_product(up, Epilogue::kSwiglu);
 
   args.x = hidden;
   args.codes = down.storage.as<uint8_t>();
@@ -353,7 +378,7 @@ void CudaBackend::moe_add(Mat<float> x, Mat<const float> t, const Routing& top, 
   args.bias = experts.down_bias;
   args.out = outputs_.as<float>();
   args.scatter = true;
-  matmul(args, true, Epilogue::kStore, tile, *stream_);
+  experts_product(args, Epilogue::kStore);
   combine(x.data, outputs_.as<float>(), top.weights.data, t.rows, k, x.cols, *stream_);
   forget(x.data);
 }

@@ -203,9 +203,15 @@ class StopMatcher:
         """The text still held back, when no more will come."""
 
 class Ops:
-    """Single operations of a backend, for tests. Results go into the first argument."""
+    """Single operations of a backend, for tests. Results go into the first argument.
 
-    def __init__(self, device: str = "cpu", isa: str = "", threads: int = 1) -> None: ...
+    invariant: a row's bits may not depend on how many rows there are (CUDA on sm_90)."""
+
+    def __init__(
+        self, device: str = "cpu", isa: str = "", threads: int = 1, invariant: bool = True
+    ) -> None: ...
+    @property
+    def isa(self) -> str: ...
     def embed(self, out: DLPackTensor, tokens: DLPackTensor, table: DLPackTensor) -> None:
         """out f32 [n, H] = rows `tokens` i32 [n] of table bf16 [V, H]."""
 

@@ -58,6 +58,10 @@ unsigned char* shared_memory();
 void barrier();
 void wait_for_previous();  // on the card, until the kernel before this one has ended
 
+// For the other parts of the emulator: the running thread goes on when the counter has changed; gives up the block.
+void wait_for_change(const uint32_t& counter);
+void stop_block(const char* error);
+
 // All 32 lanes of the calling warp hand over a pointer; the last to come runs combine(lanes), then all go on.
 using Combine = void (*)(void* const* lanes);
 void collective(void* mine, Combine combine);
@@ -152,7 +156,7 @@ cudaError_t cudaFree(void* pointer);
 cudaError_t cudaMallocHost(void** pointer, size_t bytes);
 cudaError_t cudaFreeHost(void* pointer);
 cudaError_t cudaMemGetInfo(size_t* free, size_t* total);  // GPTOSS_EMULATOR_MEMORY bytes, always; 640 MiB where it is not set
-cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device);
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device);  // sm_80, or sm_$GPTOSS_EMULATOR_SM
 inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
   std::memcpy(to, from, bytes);
   return cudaSuccess;
