@@ -28,7 +28,6 @@
 #include "cuda/matmul.cuh"
 
 namespace gptoss::cuda {
-namespace {
 
 struct Hopper {
   // Fewer tokens than these are left to matmul.cu: of one matrix; of each expert's on average.
@@ -45,6 +44,8 @@ struct Hopper {
   // 65536 registers: 128 x 24 + 256 x 240 are 64512.
   static constexpr int kCopyRegisters = 24, kMultiplyRegisters = 240;
 };
+
+namespace {
 
 // How a product is cut into tiles.
 struct Cut {
@@ -107,12 +108,6 @@ __device__ __forceinline__ void fetch_group(const MatmulArgs& a, int64_t block) 
   constexpr int kBytes = kMxfp4 ? 512 : 2048;
   prefetch_global(a.codes + block * kBytes + threadIdx.x % kWarp * (kBytes / kWarp));
   if (kMxfp4 && threadIdx.x % kWarp == 0) prefetch_global(a.scales + block * 32);
-}
-
-// 2^(byte - 127) twice, as bfloat16; 255 gives infinity.
-__device__ __forceinline__ uint32_t scale_pair(uint32_t scales, int byte) {
-  const uint32_t pair = (scales >> 8 * byte & 255) * 0x00800080u;
-  return pair ? pair : 0x00400040u;
 }
 
 // A lane's weights to the A fragments of four products of 16 inputs; MXFP4 divided by 4.
@@ -230,9 +225,6 @@ __device__ __forceinline__ void multiply_tile(const MatmulArgs& a, const TokenTi
   if (units == 2) write_sums<kMxfp4, kEpilogue>(a, tile, (unit + 1) * 4 + warp, sums, acc[1]);
 }
 
-// A value that all lanes of the warp have, told to the compiler: around wgmma it takes no branch that lanes could part at.
-__device__ __forceinline__ int same(int value) { return __shfl_sync(kAllLanes, value, 0); }
-
 template <bool kMxfp4, Epilogue kEpilogue>
 __device__ __forceinline__ void multiply_tiles(const MatmulArgs& a, const Cut& cut, Ring ring, float* sums) {
   const int group = same(static_cast<int>(threadIdx.x) / 128), count = same(tile_count(a, cut));
@@ -253,39 +245,45 @@ __device__ __forceinline__ void multiply_tiles(const MatmulArgs& a, const Cut& c
   }
 }
 
+#if defined(GPTOSS_CUDA_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+constexpr bool kHasInstructions = true;
+#else
+constexpr bool kHasInstructions = false;  // of the card that this is being compiled for
+#endif
+
 template <bool kMxfp4, Epilogue kEpilogue>
 __global__ void __launch_bounds__(Hopper::kThreads, 1)
     hopper_kernel(MatmulArgs a, Cut cut, const __grid_constant__ TensorMap x) {
-#if defined(GPTOSS_CUDA_EMULATE) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  unsigned char* shared = shared_memory<unsigned char>();
-  shared += (Hopper::kAlign - shared_address(shared) % Hopper::kAlign) % Hopper::kAlign;
-  float* sums = reinterpret_cast<float*>(shared + Hopper::kStages * Hopper::kStageBytes);
-  Ring ring;
-  ring.stages = shared_address(shared);
-  ring.barriers = shared_address(sums) + Hopper::kWarps * Hopper::kSumsBytes;
-  if (threadIdx.x == 0) {
-    prefetch_tensor_map(&x);
-    for (uint32_t i = 0; i < Hopper::kStages; ++i) {
-      init_barrier(ring.full(i), 1);
-      init_barrier(ring.empty(i), Hopper::kWarps);
+  if constexpr (kHasInstructions) {
+    unsigned char* shared = shared_memory<unsigned char>();
+    shared += (Hopper::kAlign - shared_address(shared) % Hopper::kAlign) % Hopper::kAlign;
+    float* sums = reinterpret_cast<float*>(shared + Hopper::kStages * Hopper::kStageBytes);
+    Ring ring;
+    ring.stages = shared_address(shared);
+    ring.barriers = shared_address(sums) + Hopper::kWarps * Hopper::kSumsBytes;
+    if (threadIdx.x == 0) {
+      prefetch_tensor_map(&x);
+      for (uint32_t i = 0; i < Hopper::kStages; ++i) {
+        init_barrier(ring.full(i), 1);
+        init_barrier(ring.empty(i), Hopper::kWarps);
+      }
+      publish_barriers();
     }
-    publish_barriers();
-  }
-  __syncthreads();
-  wait_for_previous();
-  let_next_start();
-  const int warp = static_cast<int>(threadIdx.x) / kWarp;
-  if (warp >= Hopper::kWarps) {
-    shrink_registers<Hopper::kCopyRegisters>();
-    if (threadIdx.x == Hopper::kWarps * kWarp) copy_tiles(a, cut, &x, ring);
+    __syncthreads();
+    wait_for_previous();
+    let_next_start();
+    const int warp = static_cast<int>(threadIdx.x) / kWarp;
+    if (warp >= Hopper::kWarps) {
+      shrink_registers<Hopper::kCopyRegisters>();
+      if (threadIdx.x == Hopper::kWarps * kWarp) copy_tiles(a, cut, &x, ring);
+    } else {
+      grow_registers<Hopper::kMultiplyRegisters>();
+      multiply_tiles<kMxfp4, kEpilogue>(a, cut, ring, sums + warp * (Hopper::kSumsBytes / 4));
+    }
   } else {
-    grow_registers<Hopper::kMultiplyRegisters>();
-    multiply_tiles<kMxfp4, kEpilogue>(a, cut, ring, sums + warp * (Hopper::kSumsBytes / 4));
+    wait_for_previous();
+    stop_kernel();  // the backend does not come here
   }
-#else
-  wait_for_previous();
-  __trap();  // compiled for a card without these instructions: the backend does not come here
-#endif
 }
 
 constexpr int kPackThreads = 128;

@@ -89,6 +89,13 @@ __device__ __forceinline__ void let_copies_read_global() {
 #endif
 }
 
+// An error of the launch.
+__device__ __forceinline__ void stop_kernel() {
+#ifndef GPTOSS_CUDA_EMULATE
+  __trap();
+#endif
+}
+
 // Brings the cache line of this address to the second-level cache.
 __device__ __forceinline__ void prefetch_global(const void* address) {
 #ifndef GPTOSS_CUDA_EMULATE
@@ -164,6 +171,9 @@ __device__ __forceinline__ void grow_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(n));
 #endif
 }
+
+// A value that all lanes of the warp have, told to the compiler: around wgmma it takes no branch that lanes could part at.
+__device__ __forceinline__ int same(int value) { return __shfl_sync(kAllLanes, value, 0); }
 
 // The descriptor of a B operand of 16 inputs (32 bytes) x any number of tokens that load_box put at a multiple of 1024 bytes
 // (PTX ISA, "Matrix descriptor"): tokens are 128 bytes apart, groups of 8 are 1024 apart, 128-byte swizzle. The address may be

@@ -30,6 +30,12 @@ __device__ __forceinline__ float scale_of(uint32_t scales, int byte) {
   return __uint_as_float(exponent ? exponent << 23 : 0x00400000u);
 }
 
+// 2^(byte - 127) twice, as bfloat16; 255 gives infinity.
+__device__ __forceinline__ uint32_t scale_pair(uint32_t scales, int byte) {
+  const uint32_t pair = (scales >> 8 * byte & 255) * 0x00800080u;
+  return pair ? pair : 0x00400040u;
+}
+
 // A word of 8 codes (weights.cu) to 4 pairs of bfloat16, times `unit`: a pair of powers of two, given times 2^126.
 __device__ __forceinline__ void decode(uint32_t (&pairs)[4], uint32_t word, uint32_t unit = 0x7e807e80u) {
   constexpr uint32_t kSigns = 0x80008000u, kValues = 0x01c001c0u, kBoth = kSigns | kValues;
