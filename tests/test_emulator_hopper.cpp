@@ -160,7 +160,7 @@ void product_kernel(TensorMap map, const uint16_t* a, float* c, Mistake mistake)
   if (mistake != Mistake::kNoFence) wgmma_fence();
   for (int s = 0; s < 4; ++s) {
     if (mistake == Mistake::kLeftOut && s == 2 && threadIdx.x >= 96) continue;
-    const uint64_t b = operand_b(shared.address + 32 * s);
+    const uint64_t b = operand_b(shared.address, s);
     wgmma<kN>(acc, fragments[s], mistake == Mistake::kDescriptor ? b & ~(uint64_t{3} << 62) : b);
   }
   if (mistake != Mistake::kNoCommit) wgmma_commit();
@@ -215,7 +215,7 @@ void two_groups_kernel(TensorMap map, float* between, float* after) {
   float acc[16] = {};
   for (int group = 0; group < 2; ++group) {
     wgmma_fence();
-    wgmma<32>(acc, ones, operand_b(shared.address));
+    wgmma<32>(acc, ones, operand_b(shared.address, 0));
     wgmma_commit();
   }
   wgmma_wait<1>();

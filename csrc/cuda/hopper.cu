@@ -102,13 +102,36 @@ __device__ void copy_tiles(const MatmulArgs& a, const Cut& cut, const TensorMap*
   }
 }
 
-// Starts bringing weights to the second-level cache.
+// Where a lane reads its weights of 16 rows, group after group.
 template <bool kMxfp4>
-__device__ __forceinline__ void fetch_group(const MatmulArgs& a, int64_t block) {
-  constexpr int kBytes = kMxfp4 ? 512 : 2048;
-  prefetch_global(a.codes + block * kBytes + threadIdx.x % kWarp * (kBytes / kWarp));
-  if (kMxfp4 && threadIdx.x % kWarp == 0) prefetch_global(a.scales + block * 32);
-}
+struct Source {
+  static constexpr int kVectors = kMxfp4 ? 1 : 4;
+  const uint4* codes;
+  const uint32_t* scales;
+
+  __device__ __forceinline__ Source(const MatmulArgs& a, int64_t block) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    codes = reinterpret_cast<const uint4*>(a.codes) + block * kVectors * kWarp + lane;
+    scales = reinterpret_cast<const uint32_t*>(a.scales) + block * 8 + lane / 4;
+  }
+  __device__ __forceinline__ Group<kMxfp4> load() const {
+    Group<kMxfp4> group;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) group.v[i] = load_once(codes + i * kWarp);
+    group.scales = kMxfp4 ? *scales : 0;
+    return group;
+  }
+  __device__ __forceinline__ void advance(int groups) {
+    codes += groups * kVectors * kWarp;
+    scales += groups * 8;
+  }
+  // Starts bringing the weights so many groups further on to the second-level cache.
+  __device__ __forceinline__ void fetch(int groups) const {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) prefetch_global(codes + (groups * kVectors + i) * kWarp);
+    if (kMxfp4) prefetch_global(scales + groups * 8);
+  }
+};
 
 // A lane's weights to the A fragments of four products of 16 inputs; MXFP4 divided by 4.
 template <bool kMxfp4>
@@ -144,7 +167,7 @@ template <int kN>
 __device__ __forceinline__ void multiply(float (&acc)[kSums], const uint32_t (&fragments)[4][4], uint32_t stage) {
   wgmma_fence();  // the fragments have been written, and at first the sums
 #pragma unroll
-  for (int s = 0; s < 4; ++s) wgmma<kN>(acc, fragments[s], operand_b(stage + 32 * s));
+  for (int s = 0; s < 4; ++s) wgmma<kN>(acc, fragments[s], operand_b(stage, s));
   wgmma_commit();
 }
 
@@ -177,15 +200,17 @@ __device__ __forceinline__ void multiply_tile(const MatmulArgs& a, const TokenTi
   const int warp = static_cast<int>(threadIdx.x) / kWarp % 4, lane = static_cast<int>(threadIdx.x) % kWarp;
   const int groups = static_cast<int>(ceil_div(a.cols, 64)), step = 3 - units;  // stages a turn
   const int64_t blocks = ceil_div(a.rows, 16);
-  int64_t from[2];
+  const auto first_weights = [&](int m) -> Source<kMxfp4> {
+    const int64_t block = (unit + (units == 2 ? m : 0)) * 4 + warp;  // past the end: the last one, and nothing is written
+    return {a, (tile.expert * blocks + (block < blocks ? block : blocks - 1)) * groups + (units == 2 || groups == 1 ? 0 : m)};
+  };
+  Source<kMxfp4> source[2] = {first_weights(0), first_weights(1)};
   Group<kMxfp4> ahead[2];
   float acc[2][kSums];
   uint32_t fragments[2][4][4];
 #pragma unroll
   for (int m = 0; m < 2; ++m) {
-    const int64_t block = (unit + (units == 2 ? m : 0)) * 4 + warp;  // past the end: the last one, and nothing is written
-    from[m] = (tile.expert * blocks + (block < blocks ? block : blocks - 1)) * groups;
-    ahead[m] = load_group<kMxfp4>(a, from[m] + (units == 2 || groups == 1 ? 0 : m));
+    ahead[m] = source[m].load();
 #pragma unroll
     for (int i = 0; i < kSums; ++i) acc[m][i] = 0;
   }
@@ -195,20 +220,23 @@ __device__ __forceinline__ void multiply_tile(const MatmulArgs& a, const TokenTi
       const int group = first + (units == 2 ? 0 : m);
       if (group < groups) {
         const uint32_t stage = ring.used + group;
-        wait_phase(ring.full(stage), Ring::parity(stage));
+        if (units == 1 || m == 0) wait_phase(ring.full(stage), Ring::parity(stage));
         wgmma_wait<1>();  // the products that read these fragments a turn ago have ended: only then may they be written
         if ((units == 1 || m == 1) && group >= step && lane == 0) arrive(ring.empty(stage - step));
         make_fragments<kMxfp4>(fragments[m], ahead[m]);
-        ahead[m] = load_group<kMxfp4>(a, from[m] + (group + step < groups ? group + step : group));
-        if (group + Hopper::kFetchAhead < groups) fetch_group<kMxfp4>(a, from[m] + group + Hopper::kFetchAhead);
-        if (tile.n <= 32)
-          multiply<32>(acc[m], fragments[m], ring.stage(stage));
-        else if (tile.n <= 64)
-          multiply<64>(acc[m], fragments[m], ring.stage(stage));
-        else if (tile.n <= 96)
-          multiply<96>(acc[m], fragments[m], ring.stage(stage));
-        else
+        if (group + step < groups) {
+          source[m].advance(step);
+          ahead[m] = source[m].load();
+        }
+        if (group + step + Hopper::kFetchAhead < groups) source[m].fetch(Hopper::kFetchAhead);
+        if (tile.n > 96)
           multiply<128>(acc[m], fragments[m], ring.stage(stage));
+        else if (tile.n > 64)
+          multiply<96>(acc[m], fragments[m], ring.stage(stage));
+        else if (tile.n > 32)
+          multiply<64>(acc[m], fragments[m], ring.stage(stage));
+        else
+          multiply<32>(acc[m], fragments[m], ring.stage(stage));
       }
     }
   }

@@ -175,12 +175,11 @@ __device__ __forceinline__ void grow_registers() {
 // A value that all lanes of the warp have, told to the compiler: around wgmma it takes no branch that lanes could part at.
 __device__ __forceinline__ int same(int value) { return __shfl_sync(kAllLanes, value, 0); }
 
-// The descriptor of a B operand of 16 inputs (32 bytes) x any number of tokens that load_box put at a multiple of 1024 bytes
-// (PTX ISA, "Matrix descriptor"): tokens are 128 bytes apart, groups of 8 are 1024 apart, 128-byte swizzle. The address may be
-// 32, 64 or 96 bytes further along the inputs.
-__device__ __forceinline__ uint64_t operand_b(uint32_t address) {
-  constexpr uint64_t kLeading = uint64_t{1} << 16, kStride = uint64_t{1024 >> 4} << 32, kSwizzle128 = uint64_t{1} << 62;
-  return (address & 0x3ffff) >> 4 | kLeading | kStride | kSwizzle128;
+// The descriptor of the B operand that is inputs 16 i .. 16 i + 15 of 64, of any number of tokens that load_box put at this
+// address (PTX ISA, "Matrix descriptor"): tokens are 128 bytes apart, groups of 8 are 1024 apart, 128-byte swizzle.
+__device__ __forceinline__ uint64_t operand_b(uint32_t address, int i) {
+  constexpr uint32_t kLeading = 1u << 16, kStride = 1024 >> 4, kSwizzle128 = 1u << 30;
+  return ((address >> 4) + 2 * i + kLeading) | static_cast<uint64_t>(kStride | kSwizzle128) << 32;
 }
 
 // Before the first wgmma that uses registers written by anything else: sums set to zero, fragments that were decoded.

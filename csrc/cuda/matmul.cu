@@ -24,6 +24,18 @@ struct Wide {
   static constexpr int kTokens = 64, kWarps = 8, kThreads = kWarps * kWarp, kStages = 4;
 };
 
+template <bool kMxfp4>
+__device__ __forceinline__ Group<kMxfp4> load_group(const MatmulArgs& a, int64_t block) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  Group<kMxfp4> group;
+  constexpr int kVectors = kMxfp4 ? 1 : 4;
+  const uint4* from = reinterpret_cast<const uint4*>(a.codes) + block * kVectors * kWarp + lane;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) group.v[i] = load_once(from + i * kWarp);
+  group.scales = kMxfp4 ? reinterpret_cast<const uint32_t*>(a.scales)[block * 8 + lane / 4] : 0;
+  return group;
+}
+
 // acc[t] += group x tokens, 64 inputs. inputs(t, b): this lane's 8 inputs of block b (of 32) of its token in tile t of 8.
 template <bool kMxfp4, int kTiles, class Inputs>
 __device__ __forceinline__ void multiply(FragmentC (&acc)[kTiles], const Group<kMxfp4>& group, const Inputs& inputs) {

@@ -12,18 +12,6 @@ struct Group {
   uint32_t scales;
 };
 
-template <bool kMxfp4>
-__device__ __forceinline__ Group<kMxfp4> load_group(const MatmulArgs& a, int64_t block) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  Group<kMxfp4> group;
-  constexpr int kVectors = kMxfp4 ? 1 : 4;
-  const uint4* from = reinterpret_cast<const uint4*>(a.codes) + block * kVectors * kWarp + lane;
-#pragma unroll
-  for (int i = 0; i < kVectors; ++i) group.v[i] = load_once(from + i * kWarp);
-  group.scales = kMxfp4 ? reinterpret_cast<const uint32_t*>(a.scales)[block * 8 + lane / 4] : 0;
-  return group;
-}
-
 // 2^(byte - 127); 255 gives infinity.
 __device__ __forceinline__ float scale_of(uint32_t scales, int byte) {
   const uint32_t exponent = scales >> 8 * byte & 255;
@@ -33,7 +21,7 @@ __device__ __forceinline__ float scale_of(uint32_t scales, int byte) {
 // 2^(byte - 127) twice, as bfloat16; 255 gives infinity.
 __device__ __forceinline__ uint32_t scale_pair(uint32_t scales, int byte) {
   const uint32_t pair = (scales >> 8 * byte & 255) * 0x00800080u;
-  return pair ? pair : 0x00400040u;
+  return pair > 0x00400040u ? pair : 0x00400040u;
 }
 
 // A word of 8 codes (weights.cu) to 4 pairs of bfloat16, times `unit`: a pair of powers of two, given times 2^126.
