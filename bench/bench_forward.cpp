@@ -3,6 +3,8 @@
 //   bench_forward --shape 20b --prompt 512 --decode 32 --context 0,8192 --batch 1 --threads 2 --json
 //
 // For every context length: fills the cache with that many tokens, then times `decode` single-token steps of `batch` sequences.
+// A row's percent is of the larger of two limits, the time to read the step's bytes and the time to do its products, with the
+// bandwidth and the peak of bfloat16 products measured just before (on a card: once, at the start).
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
@@ -10,6 +12,9 @@
 #include <map>
 #include <sstream>
 
+#include "cost.h"
+#include "cuda_machine.h"
+#include "machine.h"
 #include "random_model.h"
 
 namespace gptoss::bench {
@@ -19,11 +24,6 @@ using Clock = std::chrono::steady_clock;
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
-double median(std::vector<double> values) {
-  std::sort(values.begin(), values.end());
-  return values[values.size() / 2];
-}
-
 std::vector<int64_t> numbers(const std::string& text) {
   std::vector<int64_t> values;
   std::stringstream stream(text);
@@ -31,10 +31,36 @@ std::vector<int64_t> numbers(const std::string& text) {
   return values;
 }
 
+// The limits of the machine that a model runs on.
+class Limiter {
+ public:
+  explicit Limiter(const Backend& backend) : isa_(backend.isa()) {
+    const std::string device = backend.device();
+    if (device.rfind("cuda:", 0) == 0) {
+      const CudaLimits card = measure_cuda(card_of(device));
+      limits_ = {card.bytes_per_second, card.dot_flops, 0};
+    } else {
+      pool_ = std::make_unique<cpu::ThreadPool>(backend.threads());
+      reader_ = std::make_unique<MemoryReader>(true);
+    }
+  }
+  const Limits& measure() {
+    if (pool_) limits_ = measure_limits(*pool_, *reader_, isa_);
+    return limits_;
+  }
+
+ private:
+  std::string isa_;
+  Limits limits_;
+  std::unique_ptr<cpu::ThreadPool> pool_;
+  std::unique_ptr<MemoryReader> reader_;
+};
+
 struct Bench {
   std::shared_ptr<Model> model;
   std::string shape;
   bool json;
+  std::unique_ptr<Limiter> limiter;
   uint64_t state = 7;
 
   std::vector<int32_t> random_tokens(int64_t n) {
@@ -67,12 +93,19 @@ struct Bench {
   }
 
   void prompt(int64_t n, int64_t repeats) {
+    const Limits limits = limiter->measure();
     std::vector<double> times;
     for (int64_t i = 0; i < repeats; ++i) {
       Sequence sequence(model);
       times.push_back(read(sequence, n, Want::kLast));
     }
-    row("prompt", n, 1, static_cast<double>(n) / median(times), median(times));
+    StepCost cost;
+    for (int64_t done = 0, now = 0; done < n; done += now) {
+      now = std::min(n - done, model->max_batch_tokens());
+      const StepCost step = step_cost(model->config(), now, 1, done, done + now == n);
+      cost = {cost.bytes + step.bytes, cost.flops + step.flops};
+    }
+    row("prompt", n, 1, static_cast<double>(n), median(times), cost, limits);
   }
 
   void decode(int64_t context, int64_t batch, int64_t steps) {
@@ -82,6 +115,7 @@ struct Bench {
       sequences.push_back(std::make_unique<Sequence>(model));
       if (context > 0) read(*sequences.back(), context, Want::kNothing);
     }
+    const Limits limits = limiter->measure();
     std::vector<double> times;
     for (int64_t i = 0; i < steps + 2; ++i) {
       std::vector<StepItem> items;
@@ -89,20 +123,26 @@ struct Bench {
       const double seconds = step(items);
       if (i >= 2) times.push_back(seconds);  // two to warm up
     }
-    row("decode", context, batch, static_cast<double>(batch) / median(times), median(times));
+    row("decode", context, batch, static_cast<double>(batch), median(times),
+        step_cost(model->config(), batch, batch, context + steps / 2, batch), limits);
   }
 
-  void row(const char* what, int64_t context, int64_t batch, double rate, double seconds) const {
+  void row(const char* what, int64_t context, int64_t batch, double tokens, double seconds, const StepCost& cost,
+           const Limits& limits) const {
+    const double percent = 100 * std::max(cost.bytes / limits.bytes_per_second, cost.flops / limits.dot_flops) / seconds;
     if (json)
       std::printf(
           "{\"bench\": \"%s\", \"shape\": \"%s\", \"layers\": %ld, \"tokens\": %ld, \"batch\": %ld, \"device\": \"%s\", "
-          "\"isa\": \"%s\", \"threads\": %d, \"tokens_per_second\": %.3f, \"seconds\": %.6f}\n",
+          "\"isa\": \"%s\", \"threads\": %d, \"tokens_per_second\": %.3f, \"seconds\": %.6f, \"gb_per_s\": %.3f, "
+          "\"gflop_per_s\": %.3f, \"limit_gb_per_s\": %.3f, \"limit_gflop_per_s\": %.3f, \"percent\": %.2f}\n",
           what, shape.c_str(), static_cast<long>(model->config().n_layers), static_cast<long>(context),
           static_cast<long>(batch), model->backend().device().c_str(), model->backend().isa().c_str(),
-          model->backend().threads(), rate, seconds);
+          model->backend().threads(), tokens / seconds, seconds, 1e-9 * cost.bytes / seconds, 1e-9 * cost.flops / seconds,
+          1e-9 * limits.bytes_per_second, 1e-9 * limits.dot_flops, percent);
     else
-      std::printf("%-7s %6ld tokens  batch %-3ld %10.2f tok/s  %9.2f ms\n", what, static_cast<long>(context),
-                  static_cast<long>(batch), rate, seconds * 1e3);
+      std::printf("%-7s %6ld tokens  batch %-3ld %10.2f tok/s %10.2f ms %8.1f GB/s %10.1f GFLOP/s %6.1f%% of the limit\n", what,
+                  static_cast<long>(context), static_cast<long>(batch), tokens / seconds, seconds * 1e3,
+                  1e-9 * cost.bytes / seconds, 1e-9 * cost.flops / seconds, percent);
     std::fflush(stdout);
   }
 };
@@ -126,7 +166,8 @@ int run(int argc, char** argv) {
                            numbers(options["step"]).at(0)};
   const auto start = Clock::now();
   Bench bench{random_model(preset(options["shape"], numbers(options["layers"]).at(0)), model_options), options["shape"],
-              !options["json"].empty()};
+              !options["json"].empty(), nullptr};
+  bench.limiter = std::make_unique<Limiter>(bench.model->backend());
   if (!bench.json) std::printf("random weights made in %.1f s\n", seconds_since(start));
   for (int64_t n : numbers(options["prompt"]))
     if (n > 0) bench.prompt(n, numbers(options["repeats"]).at(0));

@@ -23,13 +23,6 @@ cpu::ThreadPool& pool() {
   return instance;
 }
 
-const Peak& peak_of(const std::string& op, const std::string& isa) {
-  static const std::vector<Peak> peaks = supported_peaks();
-  for (const Peak& peak : peaks)
-    if (peak.op == op && peak.isa == isa) return peak;
-  FAIL("no peak ", op, " for ", isa);
-}
-
 // The machine's limits for one instruction set, not older than ten seconds: neighbours come and go.
 const Limits& limits_of(const std::string& isa) {
   static MemoryReader reader(true);
@@ -38,10 +31,7 @@ const Limits& limits_of(const std::string& isa) {
   static std::chrono::steady_clock::time_point when;
   const auto now = std::chrono::steady_clock::now();
   if (measured == isa && now - when < std::chrono::seconds(10)) return limits;
-  const bool bf16 = isa == "avx512bf16";
-  limits.bytes_per_second = measure_bandwidth(pool(), reader);
-  limits.fma_flops = measure_peak(pool(), peak_of("fma_f32", bf16 ? "avx512" : isa));
-  limits.dot_flops = bf16 ? measure_peak(pool(), peak_of("dot_bf16", isa)) : limits.fma_flops;
+  limits = measure_limits(pool(), reader, isa);
   measured = isa;
   when = std::chrono::steady_clock::now();
   return limits;

@@ -3,10 +3,11 @@
     python bench/compare_llama.py CHECKPOINT --llama-python VENV/bin/python
     python bench/compare_llama.py --small --llama-python VENV/bin/python
 
-The first writes CHECKPOINT as GGUF and times both engines in turns, each run in a process of its
-own, with the machine's limits measured between them if --bench-machine is given: medians, ratios,
-peak memory. Only one model is in memory at a time. The second measures accuracy: on small models
-that it makes, each engine's mean Kullback-Leibler divergence from the float64 reference.
+The first writes CHECKPOINT as GGUF and times llama.cpp and gptoss (precision "exact" and "fast") in
+turns, each run in a process of its own, with the machine's limits measured between them if
+--bench-machine is given: medians, ratios, peak memory. Only one model is in memory at a time. The
+second measures accuracy: on small models that it makes, each engine's mean Kullback-Leibler
+divergence from the float64 reference.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 WORKER = HERE / "engine_worker.py"
-ENGINES = ("llama", "gptoss")
+ENGINES = ("llama", "exact", "fast")  # the last two are precisions of gptoss
 GIB = 1 << 30
 SMALL_TOKENS, SMALL_SEQUENCES = 384, 2
 SMALL_SHAPES = (
@@ -48,18 +49,23 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompt", default="512,2048", help="prompt lengths", **counts)
     parser.add_argument("--context", default="0,8192", help="contexts to decode at", **counts)
     parser.add_argument("--decode", type=int, default=32, help="tokens decoded at each context")
+    engines = {"type": lambda text: text.split(","), "default": list(ENGINES)}
+    parser.add_argument("--engines", help="of llama, exact and fast", **engines)
     parser.add_argument("--bench-machine", help="the binary bench_machine")
     parser.add_argument("--json", help="file for all rows, one JSON object")
     arguments = parser.parse_args()
     if not arguments.small and not arguments.checkpoint:
         parser.error("give a checkpoint, or --small")
+    if unknown := set(arguments.engines) - set(ENGINES):
+        parser.error(f"--engines: {sorted(unknown)} are not among {ENGINES}")
     return arguments
 
 
 def run_worker(arguments: argparse.Namespace, engine: str, job: dict[str, Any]) -> dict[str, Any]:
     """Runs one engine in a process of its own. Raises RuntimeError if that fails."""
     python = arguments.llama_python if engine == "llama" else sys.executable
-    job |= {"engine": engine, "threads": arguments.threads}
+    job |= {"engine": "llama" if engine == "llama" else "gptoss", "precision": engine}
+    job["threads"] = arguments.threads
     done = subprocess.run(
         [python, str(WORKER)], input=json.dumps(job), capture_output=True, text=True, check=False
     )
@@ -100,11 +106,11 @@ def compare_speed(arguments: argparse.Namespace) -> dict[str, Any]:
         command = [sys.executable, str(HERE / "write_gguf.py"), str(checkpoint), str(gguf)]
         subprocess.run(command, check=True)  # in a process of its own: its memory goes with it
     longest = max([*arguments.prompt, *arguments.context]) + arguments.decode + 2
-    runs: dict[str, list[dict[str, Any]]] = {engine: [] for engine in ENGINES}
+    runs: dict[str, list[dict[str, Any]]] = {engine: [] for engine in arguments.engines}
     limits = []
     with tempfile.TemporaryDirectory() as scratch:
         for number in range(arguments.rounds):
-            for engine in ENGINES if number % 2 == 0 else reversed(ENGINES):
+            for engine in arguments.engines if number % 2 == 0 else reversed(arguments.engines):
                 if arguments.bench_machine:
                     limits.append(measure_limits(arguments))
                     print("limits ", format_row(limits[-1]), flush=True)
@@ -130,22 +136,28 @@ def format_row(values: dict[str, float]) -> str:
 
 
 def print_medians(runs: dict[str, list[dict[str, Any]]]) -> None:
-    """Medians of both engines and their ratio."""
+    """Medians of each engine, and how they stand to the first."""
 
-    def median(engine: str, value: Any) -> float:
-        return statistics.median(value(run) for run in runs[engine])
+    def line(label: str, value: Any) -> None:
+        medians = [statistics.median(map(value, rows)) for rows in runs.values()]
+        ratios = [median / medians[0] for median in medians[1:]]
+        print(f"{label:<22}" + columns(medians, ".2f") + columns(ratios, ".2f"))
 
-    print(f"\n{'median of runs':<26}{'llama.cpp':>12}{'gptoss':>12}{'ratio':>8}")
-    for name in runs["gptoss"][0]["rates"]:
-        theirs, ours = (median(engine, lambda run, n=name: run["rates"][n]) for engine in ENGINES)
-        print(f"{name + ', tok/s':<26}{theirs:>12.2f}{ours:>12.2f}{ours / theirs:>8.2f}")
-    for label, value in (
-        ("load, s", lambda run: run["load"]),
-        ("peak resident, GiB", lambda run: run["memory"]["VmHWM"] / GIB),
-        ("of its own, GiB", lambda run: run["memory"]["RssAnon"] / GIB),
-    ):
-        theirs, ours = (median(engine, value) for engine in ENGINES)
-        print(f"{label:<26}{theirs:>12.2f}{ours:>12.2f}{ours / theirs:>8.2f}")
+    print("\n" + heading("median of runs", list(runs), 22))
+    for name in next(iter(runs.values()))[0]["rates"]:
+        line(f"{name}, tok/s", lambda run, n=name: run["rates"][n])
+    line("load, s", lambda run: run["load"])
+    line("peak resident, GiB", lambda run: run["memory"]["VmHWM"] / GIB)
+    line("of its own, GiB", lambda run: run["memory"]["RssAnon"] / GIB)
+
+
+def heading(label: str, engines: list[str], width: int) -> str:
+    ratios = [f"{engine} ratio" for engine in engines[1:]]
+    return f"{label:<{width}}" + "".join(f"{name:>13}" for name in engines + ratios)
+
+
+def columns(values: list[float], form: str) -> str:
+    return "".join(f"{value:>13{form}}" for value in values)
 
 
 # --- accuracy -------------------------------------------------------------------------------------
@@ -157,7 +169,7 @@ def compare_accuracy(arguments: argparse.Namespace) -> dict[str, Any]:
     from write_gguf import write_gguf
 
     rows = []
-    print(f"{'mean KL to float64':<44}{'llama.cpp':>12}{'gptoss':>12}{'ratio':>8}")
+    print(heading("mean KL to float64", arguments.engines, 44))
     for shape in SMALL_SHAPES:
         with tempfile.TemporaryDirectory() as scratch:
             checkpoint = synthesize(f"{scratch}/model", "tiny", progress=False, **shape)
@@ -165,9 +177,10 @@ def compare_accuracy(arguments: argparse.Namespace) -> dict[str, Any]:
             row: dict[str, Any] = {"shape": shape}
             row |= divergences(arguments, checkpoint, gguf)
         rows.append(row)
-        theirs, ours = row["llama"], row["gptoss"]
         name = " ".join(f"{key}={value}" for key, value in shape.items())
-        print(f"{name[:43]:<44}{theirs:>12.2e}{ours:>12.2e}{ours / theirs:>8.3f}", flush=True)
+        found = [row[engine] for engine in arguments.engines]
+        ratios = columns([value / found[0] for value in found[1:]], ".3f")
+        print(f"{name[:43]:<44}" + columns(found, ".2e") + ratios, flush=True)
     return {"kl": rows}
 
 
@@ -181,9 +194,10 @@ def divergences(arguments: argparse.Namespace, checkpoint: Path, gguf: Path) -> 
     sequences = [random.choices(vocabulary, k=SMALL_TOKENS) for _ in range(SMALL_SEQUENCES)]
     exact = [reference_logits(tokens, tensors, config) for tokens in sequences]
     found = {}
-    for engine, model in (("llama", gguf), ("gptoss", checkpoint)):
+    for engine in arguments.engines:
         out = f"{checkpoint}.{engine}"
-        job = {"model": str(model), "max_context": 512, "sequences": sequences, "out": out}
+        model = str(gguf if engine == "llama" else checkpoint)
+        job = {"model": model, "max_context": 512, "sequences": sequences, "out": out}
         run_worker(arguments, engine, job)
         logits = [np.load(f"{out}.{number}.npy") for number in range(len(sequences))]
         found[engine] = statistics.mean(map(mean_divergence, exact, logits))

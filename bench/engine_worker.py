@@ -1,7 +1,8 @@
 """One engine, one process: loads a model, measures, prints one line of JSON. See compare_llama.py.
 
 Runs in the engine's own environment: needs numpy and either gptoss or llama_cpp. Reads a job as
-JSON from stdin: engine ("gptoss" or "llama"), model, threads, max_context, and either
+JSON from stdin: engine ("gptoss" or "llama"), precision, model, threads, max_context,
+and either
 
     prompts, contexts, decode   token counts to time
     state                       where llama.cpp keeps a long context, so as to read it only once
@@ -36,6 +37,7 @@ class Gptoss:
         checkpoint = open_checkpoint(job["model"])
         self.core = _gptoss.Core(
             checkpoint.config,
+            precision=job["precision"],
             threads=job["threads"],
             max_context=job["max_context"],
             max_batch_tokens=BATCH,

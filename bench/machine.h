@@ -15,6 +15,7 @@
 #include <immintrin.h>
 #endif
 
+#include "check.h"
 #include "cpu/memory.h"
 #include "cpu/threads.h"
 #include "tensor.h"
@@ -214,6 +215,23 @@ inline double measure_bandwidth(cpu::ThreadPool& pool, MemoryReader& reader) {
   double seconds = 1e30;
   for (int streams : {1, 2, 4}) seconds = std::min(seconds, fastest([&] { reader.read(pool, streams, kBytes); }));
   return kBytes / seconds;
+}
+
+inline const Peak& peak_of(const std::string& op, const std::string& isa) {
+  static const std::vector<Peak> peaks = supported_peaks();
+  for (const Peak& peak : peaks)
+    if (peak.op == op && peak.isa == isa) return peak;
+  FAIL("no peak ", op, " for ", isa);
+}
+
+// The machine's limits for one of the engine's instruction sets.
+inline Limits measure_limits(cpu::ThreadPool& pool, MemoryReader& reader, const std::string& isa) {
+  const bool bf16 = isa == "avx512bf16";
+  Limits limits;
+  limits.bytes_per_second = measure_bandwidth(pool, reader);
+  limits.fma_flops = measure_peak(pool, peak_of("fma_f32", bf16 ? "avx512" : isa));
+  limits.dot_flops = bf16 ? measure_peak(pool, peak_of("dot_bf16", isa)) : limits.fma_flops;
+  return limits;
 }
 
 }  // namespace gptoss::bench

@@ -14,7 +14,7 @@ namespace gptoss::bench {
 
 struct Case {
   std::string op;     // linear_qkv, linear_o, unembedding, moe_add, attention, rmsnorm, route, rope_append
-  std::string shape;  // 20b, 120b
+  std::string shape;  // 20b, 120b, tiny
   std::string isa;
   int64_t tokens = 1;
   int64_t sequences = 1;  // the tokens are divided among them
@@ -37,10 +37,11 @@ inline size_t cold_bytes() {
 
 class Operation {
  public:
-  Operation(Backend& backend, cpu::ThreadPool& pool, const Case& c)
-      : backend_(backend), pool_(pool), case_(c), config_(preset(c.shape, 1)) {
+  // cold: operands that a model reads from memory come from there. Else there is one of each.
+  Operation(Backend& backend, cpu::ThreadPool& pool, const Case& c, bool cold = true)
+      : backend_(backend), pool_(pool), case_(c), config_(preset(c.shape, 1)), cold_(cold) {
     n_ = c.tokens;
-    backend_.reserve(config_);
+    backend_.reserve(config_, {n_, n_, c.context + 1});
     x_ = activations(n_ * config_.qkv_size());
     make_batch();
     if (c.op == "linear_qkv")
@@ -63,9 +64,10 @@ class Operation {
       FAIL("unknown operation ", c.op);
   }
 
-  void run() {
+  // Several calls are waited for together.
+  void run(int64_t calls = 1) {
     backend_.begin(batch_);
-    call_(turn_++);
+    for (int64_t i = 0; i < calls; ++i) call_(turn_++);
     backend_.synchronize();
   }
   const Cost& cost() const { return cost_; }
@@ -83,7 +85,7 @@ class Operation {
 
   Weight matrix(WeightFormat format, int64_t rows, int64_t cols) {
     constexpr int64_t kRows = 4096;
-    Weight weight = backend_.make_weight(format, 1, rows, cols, false);
+    Weight weight = backend_.make_weight(format, 1, rows, cols, RowOrder::kPlain);
     std::vector<uint8_t> source(kRows * cols * 2);
     fill_random(pool_, source.data(), source.size(), kRandomBf16, ++seed_);
     for (int64_t first = 0; first < rows; first += kRows)
@@ -91,9 +93,9 @@ class Operation {
     return weight;
   }
 
-  Weight experts(int64_t rows, int64_t cols, bool gate_up) {
+  Weight experts(int64_t rows, int64_t cols, RowOrder order) {
     const int64_t n = config_.n_experts;
-    Weight weight = backend_.make_weight(WeightFormat::kMxfp4, n, rows, cols, gate_up);
+    Weight weight = backend_.make_weight(WeightFormat::kMxfp4, n, rows, cols, order);
     const size_t bytes = n * rows * cols / 2;
     const std::unique_ptr<uint8_t[]> source(new uint8_t[bytes]);
     fill_random(pool_, source.get(), bytes, kRandomCodes, ++seed_);
@@ -103,7 +105,7 @@ class Operation {
     return weight;
   }
 
-  static int64_t copies(size_t bytes) { return std::min<int64_t>(1024, cold_bytes() / bytes + 1); }
+  int64_t copies(size_t bytes) const { return cold_ ? std::min<int64_t>(1024, cold_bytes() / bytes + 1) : 1; }
 
   // Sequences of the same length, each with pages of its own.
   void make_batch() {
@@ -149,8 +151,8 @@ class Operation {
   void moe_add() {
     const int64_t H = config_.hidden_size, I = config_.intermediate_size, E = config_.n_experts, k = config_.experts_per_token;
     constexpr int64_t kRoutings = 32;
-    weights_.push_back(experts(2 * I, H, true));
-    weights_.push_back(experts(H, I, false));
+    weights_.push_back(experts(2 * I, H, RowOrder::kGateUp));
+    weights_.push_back(experts(H, I, RowOrder::kPlain));
     bias_ = activations(E * 2 * I);
     out_ = backend_.allocate(n_ * H * 4);
     const auto scores = std::vector<float>(n_ * k, 1.0f / static_cast<float>(k));
@@ -254,6 +256,7 @@ class Operation {
   cpu::ThreadPool& pool_;
   Case case_;
   ModelConfig config_;
+  bool cold_;
   int64_t n_ = 0, n_pages_ = 0, turn_ = 0;
   uint64_t seed_ = 0;
   Batch batch_;

@@ -8,7 +8,9 @@
 
 #include "cpu/memory.h"
 #include "cpu/threads.h"
+#include "cuda_machine.h"
 #include "model.h"
+#include "random_bits.h"
 
 namespace gptoss::bench {
 
@@ -37,21 +39,6 @@ inline ModelConfig preset(const std::string& name, int64_t layers) {
   for (int64_t i = 0; i < c.n_layers; ++i) c.layer_windows.push_back(i % 2 == 0 ? 128 : 0);
   return c;
 }
-
-inline uint64_t next_random(uint64_t& state) {  // xorshift64*
-  state ^= state >> 12;
-  state ^= state << 25;
-  state ^= state >> 27;
-  return state * 0x2545F4914F6CDD1D;
-}
-
-// Random words keep the bits of `mask`, and `base` is added: values that a forward pass stays finite with.
-struct RandomBits {
-  uint64_t mask, base;
-};
-inline constexpr RandomBits kRandomCodes = {~uint64_t{0}, 0};                          // every FP4 code
-inline constexpr RandomBits kRandomScales = {0x0101010101010101, 0x7878787878787878};  // 2^-7 or 2^-6
-inline constexpr RandomBits kRandomBf16 = {0x81FF81FF81FF81FF, 0x3B803B803B803B80};    // +-2^-8 to 2^-4
 
 // Fills memory with them, by all threads; 16 generators of xorshift64 side by side (Marsaglia 2003), so that it vectorizes.
 inline void fill_random(cpu::ThreadPool& pool, void* memory, size_t bytes, RandomBits bits, uint64_t seed) {
@@ -86,17 +73,21 @@ inline std::shared_ptr<Model> random_model(const ModelConfig& config, const Mode
   };
   size_t most = 0;
   for (const TensorSpec& spec : specs) most = std::max(most, bytes_of(spec));
+  const bool card = options.backend.device != "cpu";
   const Buffer memory = cpu::allocate_pages(most);  // for all tensors in turn
+  const Buffer on_card = card ? card_memory(card_of(options.backend.device), most) : Buffer();
   cpu::ThreadPool pool(options.backend.threads > 0 ? options.backend.threads : cpu::default_threads());
   uint64_t seed = 1;
   for (const TensorSpec& spec : specs) {
     const bool scales = spec.name.find("scales") != std::string::npos;
-    fill_random(pool, memory.data(), bytes_of(spec),
-                spec.dtypes[0] == DType::BF16 ? kRandomBf16
-                : scales                      ? kRandomScales
-                                              : kRandomCodes,
-                seed++);
-    model->load({spec.name, memory.data(), spec.dtypes[0], spec.shape});
+    const bool matrix = spec.name.find("weight") != std::string::npos;
+    const RandomBits bits = spec.dtypes[0] == DType::BF16 ? kRandomBf16 : scales ? kRandomScales : kRandomCodes;
+    const Buffer& place = card && matrix ? on_card : memory;
+    if (card && matrix)
+      fill_random_on_card(place, bytes_of(spec), bits, seed++);
+    else
+      fill_random(pool, place.data(), bytes_of(spec), bits, seed++);
+    model->load({spec.name, place.data(), spec.dtypes[0], spec.shape, card && matrix});
   }
   model->finish_loading();
   return model;

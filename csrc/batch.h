@@ -7,6 +7,8 @@
 namespace gptoss {
 
 inline constexpr int64_t kPageTokens = 128;
+// A page of every pool that is nobody's: rows that fill up a batch write there.
+inline constexpr int32_t kScratchPage = 0;
 
 // Which cache pages hold a sequence's keys and values, in one pool. Page i covers positions [128 i, 128 (i+1)); pages
 // below first_page are gone (outside every window).
@@ -33,6 +35,10 @@ struct Batch {
   std::vector<BatchSequence> sequences;
 
   int64_t n_tokens() const { return static_cast<int64_t>(tokens.size()); }
+  // Whether every sequence has one row.
+  bool is_decode() const { return !sequences.empty() && sequences.size() == tokens.size(); }
 };
+
+enum class StepEnd { kLayers, kLogits, kSamples };  // the last that a step's operations give
 
 }  // namespace gptoss

@@ -15,9 +15,10 @@ int32_t PagePool::take() {
   return static_cast<int32_t>(next_++);
 }
 
-KvCache::KvCache(Backend& backend, const ModelConfig& config, int64_t n_pages)
-    : config_(config), page_bytes_(backend.page_bytes(config.n_kv_heads)), full_pool_(n_pages), window_pool_(n_pages) {
+KvCache::KvCache(Backend& backend, const ModelConfig& config, int64_t full_pages, int64_t window_pages)
+    : config_(config), page_bytes_(backend.page_bytes(config.n_kv_heads)), full_pool_(full_pages), window_pool_(window_pages) {
   for (int64_t window : config.layer_windows) {
+    const int64_t n_pages = 1 + (window ? window_pages : full_pages);
     window_ = std::max(window_, window);
     ++(window ? n_window_layers_ : n_full_layers_);
     keys_.push_back(backend.allocate(n_pages * page_bytes_));
@@ -38,9 +39,13 @@ void KvCache::extend(SequenceCache& sequence, int64_t n) {
   const bool has_full = n_full_layers_ > 0, has_window = n_window_layers_ > 0;
   const int64_t full = has_full ? std::max<int64_t>(0, end_page - sequence.full.end_page()) : 0;
   const int64_t window = has_window ? std::max<int64_t>(0, end_page - sequence.window.end_page()) : 0;
-  if (!full_pool_.can_take(full) || !window_pool_.can_take(window))
-    FAIL("the cache is full: ", full_pool_.in_use(), " of ", full_pool_.capacity(), " pages of ", kPageTokens,
-         " tokens are in use, and ", full, " more are needed");
+  const auto check = [](const PagePool& pool, int64_t more, const char* layers) {
+    if (!pool.can_take(more))
+      FAIL("the cache is full: ", pool.in_use(), " of ", pool.capacity(), " pages of ", kPageTokens, " tokens of the ", layers,
+           " layers are in use, and ", more, " more are needed");
+  };
+  check(full_pool_, full, "full");
+  check(window_pool_, window, "window");
   for (int64_t i = 0; i < full; ++i) sequence.full.pages.push_back(full_pool_.take());
   for (int64_t i = 0; i < window; ++i) sequence.window.pages.push_back(window_pool_.take());
 }

@@ -9,11 +9,12 @@
 
 namespace gptoss {
 
-// Free page numbers: the ones given back last are taken first, so that memory once touched is used again.
+// Free page numbers: the ones given back last are taken first, so that memory once touched is used again. They begin after
+// kScratchPage, which is never given out.
 class PagePool {
  public:
   explicit PagePool(int64_t capacity) : capacity_(capacity) {}
-  int64_t in_use() const { return next_ - static_cast<int64_t>(free_.size()); }
+  int64_t in_use() const { return next_ - 1 - static_cast<int64_t>(free_.size()); }
   bool can_take(int64_t n) const { return in_use() + n <= capacity_; }
   int64_t capacity() const { return capacity_; }
   int32_t take();
@@ -21,7 +22,7 @@ class PagePool {
 
  private:
   int64_t capacity_;
-  int64_t next_ = 0;  // pages never taken yet start here
+  int64_t next_ = kScratchPage + 1;  // pages never taken yet start here
   std::vector<int32_t> free_;
 };
 
@@ -34,8 +35,8 @@ struct SequenceCache {
 
 class KvCache {
  public:
-  // n_pages: of each pool.
-  KvCache(Backend& backend, const ModelConfig& config, int64_t n_pages);
+  // Pages of the two pools, without the scratch page that each has besides.
+  KvCache(Backend& backend, const ModelConfig& config, int64_t full_pages, int64_t window_pages);
 
   KvLayer layer(int64_t index) const;
 

@@ -11,10 +11,6 @@
 namespace gptoss {
 namespace {
 
-constexpr int64_t kLogitRows = 64;          // computed at a time: 51 MB of logits for the real vocabulary
-constexpr size_t kSpareMemory = 512 << 20;  // not counted on for the cache
-constexpr int64_t kDefaultSequences = 64;   // of full context that page numbers are made for
-
 std::unique_ptr<Backend> make_backend(const BackendOptions& options) {
   if (options.device == "cpu") return make_cpu_backend(options);
   CHECK(options.device.rfind("cuda", 0) == 0, "device must be \"cpu\", \"cuda\" or \"cuda:N\", not \"", options.device, "\"");
@@ -25,74 +21,108 @@ std::unique_ptr<Backend> make_backend(const BackendOptions& options) {
 
 // ------------------------------------------------------------------------------------------------------- forward pass
 
-void Model::forward(const Batch& batch, const std::function<void()>& poll) {
-  const int64_t n = batch.n_tokens(), k = config_.experts_per_token, kv_heads = config_.n_kv_heads;
+void Model::forward(int64_t n, const std::function<void()>& poll) {
+  const int64_t k = config_.experts_per_token, kv_heads = config_.n_kv_heads;
   const float eps = static_cast<float>(config_.rms_norm_eps), limit = static_cast<float>(config_.swiglu_limit);
   const auto x = x_.mat<float>(n, config_.hidden_size), t = t_.mat<float>(n, config_.hidden_size);
   const auto qkv = qkv_.mat<float>(n, config_.qkv_size());
   const auto q = q_.mat<float>(n, config_.q_size()), a = a_.mat<float>(n, config_.q_size());
   const Routing top = {experts_.mat<int32_t>(n, k), expert_weights_.mat<float>(n, k)};
-  const RopeTable rope = {rope_cos_.mat<const float>(max_context_, kHeadDim / 2),
-                          rope_sin_.mat<const float>(max_context_, kHeadDim / 2)};
+  const RopeTable rope = {rope_cos_.mat<const float>(max_context(), kHeadDim / 2),
+                          rope_sin_.mat<const float>(max_context(), kHeadDim / 2)};
   const auto read = [](Mat<float> m) { return Mat<const float>{m.data, m.rows, m.cols}; };
   Backend& op = *backend_;
 
-  op.begin(batch);
   op.embed(x, weights_.embedding);
   for (int64_t i = 0; i < config_.n_layers; ++i) {
     poll();
     const LayerWeights& w = weights_.layers[i];
     const KvLayer kv = cache_->layer(i);
-    op.rmsnorm(t, read(x), w.attn_norm.as<float>(), eps, nullptr);
-    op.linear(qkv, read(t), w.qkv, w.qkv_bias.as<float>());
-    op.rope_append(q, kv, read(qkv), rope, kv_heads);
+    op.norm_qkv(q, kv, read(x), {w.attn_norm.as<float>(), eps}, w.qkv, w.qkv_bias.as<float>(), rope, kv_heads, t, qkv);
     op.attention(a, read(q), kv, w.sinks.as<float>(), kv_heads);
     op.linear_add(x, read(a), w.out, w.out_bias.as<float>());
-    op.rmsnorm(t, read(x), w.mlp_norm.as<float>(), eps, nullptr);
-    op.route(top, read(t), w.router, w.router_bias.as<float>());
+    op.norm_route(top, t, read(x), {w.mlp_norm.as<float>(), eps}, w.router, w.router_bias.as<float>());
     op.moe_add(x, read(t), top, {&w.gate_up, w.gate_up_bias.as<float>(), &w.down, w.down_bias.as<float>(), limit});
   }
 }
 
-std::vector<std::optional<Sample>> Model::read_out(const std::vector<StepItem>& items, float* logits) {
-  struct Row {
-    int32_t row;
-    int64_t item;
-    bool sampled;
-  };
-  std::vector<Row> wanted;
-  int32_t first = 0;
-  for (size_t i = 0; i < items.size(); ++i) {
-    const int32_t n = static_cast<int32_t>(items[i].tokens.size());
-    const int32_t skip = items[i].want == Want::kNothing ? n : items[i].want == Want::kLast ? n - 1 : 0;
-    for (int32_t r = skip; r < n; ++r) wanted.push_back({first + r, static_cast<int64_t>(i), items[i].sampler && r == n - 1});
-    first += n;
-  }
+void Model::unembed(int64_t n, const int32_t* rows) {
+  const auto t = t_.mat<float>(n, config_.hidden_size);
+  const auto x = x_.mat<const float>(rows ? max_batch_tokens() : n, config_.hidden_size);
+  backend_->rmsnorm(t, x, weights_.norm.as<float>(), static_cast<float>(config_.rms_norm_eps), rows);
+  backend_->linear(logits_.mat<float>(n, config_.vocab_size), {t.data, n, t.cols}, weights_.unembedding, nullptr);
+}
 
-  const int64_t H = config_.hidden_size, V = config_.vocab_size;
-  std::vector<std::optional<Sample>> samples(items.size());
-  std::vector<float> host;
-  for (size_t begin = 0; begin < wanted.size(); begin += kLogitRows) {
-    const int64_t n = std::min<int64_t>(kLogitRows, wanted.size() - begin);
-    std::vector<int32_t> rows(n);
-    for (int64_t i = 0; i < n; ++i) rows[i] = wanted[begin + i].row;
-    const auto t = t_.mat<float>(n, H), out = logits_.mat<float>(n, V);
-    backend_->rmsnorm(t, x_.mat<const float>(first, H), weights_.norm.as<float>(), static_cast<float>(config_.rms_norm_eps),
-                      rows.data());
-    backend_->linear(out, {t.data, n, H}, weights_.unembedding, nullptr);
-    backend_->synchronize();
-    if (logits) backend_->copy_out(logits + begin * V, out.data, n * V * sizeof(float));
-    for (int64_t i = 0; i < n; ++i) {
-      const Row& row = wanted[begin + i];
-      if (!row.sampled) continue;
-      host.resize(V);
-      backend_->copy_out(host.data(), out.row(i), V * sizeof(float));
-      const StepItem& item = items[row.item];
-      const int64_t position = item.sequence->length() + static_cast<int64_t>(item.tokens.size());
-      samples[row.item] = item.sampler->sample(host.data(), position);
+namespace {
+
+// The samples wanted of some rows of logits, and whose they are.
+struct Wanted {
+  std::vector<SampleRequest> requests;
+  std::vector<size_t> items;
+
+  void add(const std::vector<StepItem>& all, size_t item, int64_t row) {
+    const StepItem& it = all[item];
+    if (!it.sampler) return;
+    requests.push_back({row, it.sampler, it.sequence->length() + static_cast<int64_t>(it.tokens.size())});
+    items.push_back(item);
+  }
+};
+
+}  // namespace
+
+// One token of each sequence, all followed by logits: the step of a generation, which a backend may replay as a whole.
+std::vector<std::optional<Sample>> Model::decode(const Batch& batch, const std::vector<StepItem>& items, float* logits,
+                                                 const std::function<void()>& poll) {
+  Wanted wanted;
+  for (size_t i = 0; i < items.size(); ++i) wanted.add(items, i, static_cast<int64_t>(i));
+  const bool samples = !wanted.requests.empty();
+  if (samples) backend_->ask_samples(wanted.requests);
+  backend_->run(batch, samples ? StepEnd::kSamples : StepEnd::kLogits, [&](int64_t n) {
+    forward(n, poll);
+    unembed(n, nullptr);
+    if (samples) backend_->draw_samples(logits_.mat<float>(n, config_.vocab_size));
+  });
+  const auto rows = logits_.mat<float>(batch.n_tokens(), config_.vocab_size);
+  if (logits) backend_->copy_out(logits, rows.data, rows.size() * sizeof(float));
+  std::vector<std::optional<Sample>> result(items.size());
+  if (!samples) return result;
+  std::vector<Sample> drawn = backend_->take_samples({rows.data, rows.rows, rows.cols});
+  for (size_t i = 0; i < drawn.size(); ++i) result[wanted.items[i]] = std::move(drawn[i]);
+  return result;
+}
+
+// Any other step; logits are computed for some rows at a time.
+std::vector<std::optional<Sample>> Model::prefill(const Batch& batch, const std::vector<StepItem>& items, float* logits,
+                                                  const std::function<void()>& poll) {
+  backend_->run(batch, StepEnd::kLayers, [&](int64_t n) { forward(n, poll); });
+  std::vector<int32_t> rows;
+  std::vector<size_t> item_of;
+  for (size_t i = 0; i < items.size(); ++i) {
+    const BatchSequence& sequence = batch.sequences[i];
+    const int64_t end = sequence.first_row + sequence.n_rows;
+    for (int64_t row = items[i].want == Want::kAll ? sequence.first_row : end - (items[i].want == Want::kLast); row < end;
+         ++row) {
+      rows.push_back(static_cast<int32_t>(row));
+      item_of.push_back(i);
     }
   }
-  return samples;
+
+  const int64_t n_rows = static_cast<int64_t>(rows.size()), V = config_.vocab_size;
+  std::vector<std::optional<Sample>> result(items.size());
+  for (int64_t begin = 0; begin < n_rows; begin += Limits::kPromptLogitRows) {
+    const auto out = logits_.mat<float>(std::min(Limits::kPromptLogitRows, n_rows - begin), V);
+    Wanted wanted;
+    for (int64_t i = 0; i < out.rows; ++i) wanted.add(items, item_of[begin + i], i);
+    const bool samples = !wanted.requests.empty();
+    if (samples) backend_->ask_samples(wanted.requests);
+    unembed(out.rows, rows.data() + begin);
+    if (samples) backend_->draw_samples(out);
+    if (logits) backend_->copy_out(logits + begin * V, out.data, out.size() * sizeof(float));
+    if (!samples) continue;
+    std::vector<Sample> drawn = backend_->take_samples({out.data, out.rows, V});
+    for (size_t i = 0; i < drawn.size(); ++i) result[wanted.items[i]] = std::move(drawn[i]);
+  }
+  return result;
 }
 
 // --------------------------------------------------------------------------------------------------------------- step
@@ -104,23 +134,25 @@ void Model::check_process() const {
 
 void Model::check_items(const std::vector<StepItem>& items) const {
   CHECK(!items.empty(), "items must not be empty");
+  const int64_t n_items = static_cast<int64_t>(items.size());
+  CHECK(n_items <= max_sequences(), "a step takes at most ", max_sequences(), " sequences, not ", n_items);
   std::set<const Sequence*> seen;
   int64_t total = 0;
   for (const StepItem& item : items) {
-    CHECK(item.sequence && item.sequence->model_.get() == this, "a sequence belongs to another model");
-    CHECK(!item.sequence->closed_, "a sequence is closed");
+    CHECK(item.sequence && item.sequence->model_, "a sequence is closed");
+    CHECK(item.sequence->model_.get() == this, "a sequence belongs to another model");
     CHECK(seen.insert(item.sequence).second, "a sequence appears twice in one step");
     const int64_t n = static_cast<int64_t>(item.tokens.size()), length = item.sequence->length();
     CHECK(n > 0, "tokens must not be empty");
     for (int32_t token : item.tokens)
       CHECK(token >= 0 && token < config_.vocab_size, "token id ", token, " is outside the vocabulary of ", config_.vocab_size);
-    CHECK(length + n <= max_context_, length, " tokens in the cache and ", n, " more are over max_context = ", max_context_);
+    CHECK(length + n <= max_context(), length, " tokens in the cache and ", n, " more are over max_context = ", max_context());
     CHECK(!item.sampler || item.want == Want::kLast, "an item with a sampler must want the logits of its last token");
     CHECK(!item.sampler || item.sampler->vocab_size() == config_.vocab_size, "a sampler was made for a vocabulary of ",
           item.sampler->vocab_size(), ", not ", config_.vocab_size);
     total += n;
   }
-  CHECK(total <= max_batch_tokens_, "a step takes at most ", max_batch_tokens_, " tokens, not ", total);
+  CHECK(total <= max_batch_tokens(), "a step takes at most ", max_batch_tokens(), " tokens, not ", total);
 }
 
 Batch Model::make_batch(const std::vector<StepItem>& items) const {
@@ -143,7 +175,7 @@ std::vector<std::optional<Sample>> Model::step(const std::vector<StepItem>& item
                                                const std::function<void()>& poll) {
   check_process();
   std::lock_guard lock(mutex_);
-  CHECK(cache_, "the model is not loaded yet");
+  CHECK(!loader_, "the model is not loaded yet");
   check_items(items);
   try {
     for (const StepItem& item : items) {
@@ -151,8 +183,11 @@ std::vector<std::optional<Sample>> Model::step(const std::vector<StepItem>& item
       cache_->extend(item.sequence->cache_, n);
       extend_rope_table(item.sequence->length() + n);
     }
-    forward(make_batch(items), poll);
-    std::vector<std::optional<Sample>> samples = read_out(items, logits);
+    const Batch batch = make_batch(items);
+    const bool decodes = batch.is_decode() && std::all_of(items.begin(), items.end(),
+                                                          [](const StepItem& item) { return item.want != Want::kNothing; });
+    std::vector<std::optional<Sample>> samples =
+        decodes ? decode(batch, items, logits, poll) : prefill(batch, items, logits, poll);
     for (size_t i = 0; i < items.size(); ++i) {
       cache_->commit(items[i].sequence->cache_, static_cast<int64_t>(items[i].tokens.size()));
       if (samples[i]) items[i].sampler->record(samples[i]->token);
@@ -165,43 +200,60 @@ std::vector<std::optional<Sample>> Model::step(const std::vector<StepItem>& item
 }
 
 Sequence::Sequence(std::shared_ptr<Model> model) : model_(std::move(model)) {
-  CHECK(model_->cache_, "the model is not loaded yet");
+  CHECK(!model_->loader_, "the model is not loaded yet");
 }
 Sequence::~Sequence() { close(); }
 
 void Sequence::truncate(int64_t length) {
+  CHECK(model_, "the sequence is closed");
   std::lock_guard lock(model_->mutex_);
-  CHECK(!closed_, "the sequence is closed");
   model_->cache_->truncate(cache_, length);
 }
 
 void Sequence::close() {
-  if (closed_ || getpid() != model_->process_) return;  // in a forked child the lock may never be released
-  std::lock_guard lock(model_->mutex_);
-  closed_ = true;
-  model_->cache_->release(cache_);
+  const std::shared_ptr<Model> model = model_;        // it may end here, after its lock
+  if (!model || getpid() != model->process_) return;  // in a forked child the lock may never be released
+  std::lock_guard lock(model->mutex_);
+  model->cache_->release(cache_);
+  model_.reset();
 }
 
 // ------------------------------------------------------------------------------------------------------------ loading
 
-Model::Model(const ModelConfig& config, const ModelOptions& options)
-    : config_(config),
-      max_context_(options.max_context ? options.max_context : config.max_context),
-      max_batch_tokens_(options.backend.max_batch_tokens),
-      process_(getpid()) {
+Model::Model(const ModelConfig& config, const ModelOptions& options) : config_(config), process_(getpid()) {
   config_.validate();
-  CHECK(max_context_ >= 1 && max_context_ <= config.max_context, "max_context must be between 1 and the model's ",
-        config.max_context, ", not ", max_context_);
-  CHECK(max_batch_tokens_ >= 1 && max_batch_tokens_ <= 65536, "max_batch_tokens must be between 1 and 65536, not ",
-        max_batch_tokens_);
+  const Limits asked = {options.backend.max_batch_tokens, options.max_sequences, options.max_context};
+  CHECK(asked.context >= 0 && asked.context <= config.max_context, "max_context must be between 1 and the model's ",
+        config.max_context, ", not ", asked.context);
+  CHECK(asked.batch_tokens >= 1 && asked.batch_tokens <= 65536, "max_batch_tokens must be between 1 and 65536, not ",
+        asked.batch_tokens);
+  CHECK(asked.sequences >= 0 && asked.sequences <= 65536, "max_sequences must be between 1 and 65536, not ", asked.sequences);
   backend_ = make_backend(options.backend);
+  plan_ = plan_memory(*backend_, config_, asked, [this](const Limits& limits) {
+    int64_t bytes = static_cast<int64_t>(backend_->workspace_bytes(config_, limits));
+    for (const auto& [buffer, floats] : work_space(limits)) bytes += floats * static_cast<int64_t>(sizeof(float));
+    return bytes;
+  });
+  // All of it now: what is short must show before a checkpoint is read.
   loader_ = std::make_unique<WeightLoader>(*backend_, config_);
-  weight_bytes_ = loader_->bytes();
-  // Memory is taken as tensors arrive; a machine that runs out of it half way through would crawl rather than fail.
-  constexpr double kGiB = 1 << 30;
-  if (const size_t available = backend_->available_memory(); static_cast<size_t>(weight_bytes_) > available)
-    FAIL("the weights take ", static_cast<double>(weight_bytes_) / kGiB, " GiB of memory, but only ",
-         static_cast<double>(available) / kGiB, " GiB are available");
+  backend_->reserve(config_, plan_.limits);
+  for (const auto& [buffer, floats] : work_space(plan_.limits)) *buffer = backend_->allocate(floats * sizeof(float));
+  cache_ = std::make_unique<KvCache>(*backend_, config_, plan_.full_pages, plan_.window_pages);
+}
+
+std::vector<std::pair<Buffer*, int64_t>> Model::work_space(const Limits& limits) {
+  const int64_t n = limits.batch_tokens, k = config_.experts_per_token, rope = limits.context * kHeadDim / 2;
+  const int64_t logit_rows = limits.logit_rows();
+  return {{&x_, n * config_.hidden_size},
+          {&t_, n * config_.hidden_size},
+          {&qkv_, n * config_.qkv_size()},
+          {&q_, n * config_.q_size()},
+          {&a_, n * config_.q_size()},
+          {&experts_, n * k},
+          {&expert_weights_, n * k},
+          {&logits_, logit_rows * config_.vocab_size},
+          {&rope_cos_, rope},
+          {&rope_sin_, rope}};
 }
 
 void Model::load(const HostTensor& tensor) {
@@ -217,49 +269,19 @@ void Model::finish_loading() {
   CHECK(loader_, "the model is already loaded");
   weights_ = loader_->finish();
   loader_.reset();
-
-  const int64_t n = max_batch_tokens_, k = config_.experts_per_token;
-  auto floats = [&](int64_t count) { return backend_->allocate(count * sizeof(float)); };
-  backend_->reserve(config_);
-  x_ = floats(n * config_.hidden_size);
-  t_ = floats(std::max(n, kLogitRows) * config_.hidden_size);
-  qkv_ = floats(n * config_.qkv_size());
-  q_ = floats(n * config_.q_size());
-  a_ = floats(n * config_.q_size());
-  experts_ = floats(n * k);
-  expert_weights_ = floats(n * k);
-  logits_ = floats(kLogitRows * config_.vocab_size);
-  rope_cos_ = floats(max_context_ * kHeadDim / 2);
-  rope_sin_ = floats(max_context_ * kHeadDim / 2);
-
-  // Page numbers for as many tokens as memory holds; pages themselves become resident as they are used.
-  const int64_t per_page = 2 * backend_->page_bytes(config_.n_kv_heads) * config_.n_layers;
-  const size_t available = backend_->available_memory();
-  const int64_t fitting = available > kSpareMemory ? static_cast<int64_t>((available - kSpareMemory) / per_page) : 0;
-  const int64_t context_pages = (max_context_ + kPageTokens - 1) / kPageTokens;
-  const int64_t n_pages = std::min(fitting, context_pages * kDefaultSequences);
-  if (n_pages < 1) FAIL("no memory is left for the cache: a page of ", kPageTokens, " tokens takes ", per_page, " bytes");
-  cache_ = std::make_unique<KvCache>(*backend_, config_, n_pages);
 }
 
 // Sines take a while to compute, and few sequences are long: the table grows as positions are first reached.
 void Model::extend_rope_table(int64_t end) {
   constexpr int64_t kStep = 4096, kPairs = kHeadDim / 2;
   if (end <= rope_end_) return;
-  end = std::min(max_context_, (end + kStep - 1) / kStep * kStep);
+  end = std::min(max_context(), (end + kStep - 1) / kStep * kStep);
   const int64_t first = rope_end_ * kPairs, n = (end - rope_end_) * kPairs;
   std::vector<float> cos(n), sin(n);
   fill_rope_table(config_, rope_end_, end, cos.data(), sin.data());
   backend_->copy_in(rope_cos_.as<float>() + first, cos.data(), n * sizeof(float));
   backend_->copy_in(rope_sin_.as<float>() + first, sin.data(), n * sizeof(float));
   rope_end_ = end;
-}
-
-int64_t Model::workspace_bytes() const {
-  int64_t bytes = 0;
-  for (const Buffer* buffer : {&x_, &t_, &qkv_, &q_, &a_, &experts_, &expert_weights_, &logits_, &rope_cos_, &rope_sin_})
-    bytes += static_cast<int64_t>(buffer->bytes());
-  return bytes;
 }
 
 }  // namespace gptoss

@@ -9,6 +9,7 @@
 #include "backend.h"
 #include "config.h"
 #include "kv_cache.h"
+#include "memory_plan.h"
 #include "sampling.h"
 #include "weights.h"
 
@@ -16,14 +17,15 @@ namespace gptoss {
 
 struct ModelOptions {
   BackendOptions backend;
-  int64_t max_context = 0;  // 0: the config's
+  int64_t max_context = 0;    // 0: the config's
+  int64_t max_sequences = 0;  // 0: as memory allows, at most 256
 };
 
 enum class Want { kNothing, kLast, kAll };  // rows whose logits a step computes
 
 class Model;
 
-// One sequence's place in the cache. Gives its pages back when it goes.
+// One sequence's place in the cache. Gives its pages back, and lets go of the model, when it is closed or goes.
 class Sequence {
  public:
   explicit Sequence(std::shared_ptr<Model> model);
@@ -34,9 +36,8 @@ class Sequence {
 
  private:
   friend class Model;
-  std::shared_ptr<Model> model_;
+  std::shared_ptr<Model> model_;  // null: closed
   SequenceCache cache_;
-  bool closed_ = false;
 };
 
 struct StepItem {
@@ -52,8 +53,9 @@ class Model : public std::enable_shared_from_this<Model> {
 
   const ModelConfig& config() const { return config_; }
   const Backend& backend() const { return *backend_; }
-  int64_t max_context() const { return max_context_; }
-  int64_t max_batch_tokens() const { return max_batch_tokens_; }
+  int64_t max_context() const { return plan_.limits.context; }
+  int64_t max_batch_tokens() const { return plan_.limits.batch_tokens; }
+  int64_t max_sequences() const { return plan_.limits.sequences; }
 
   void load(const HostTensor& tensor);
   void finish_loading();
@@ -63,28 +65,33 @@ class Model : public std::enable_shared_from_this<Model> {
   // `poll` is called between layers and may throw.
   std::vector<std::optional<Sample>> step(const std::vector<StepItem>& items, float* logits, const std::function<void()>& poll);
 
-  int64_t weight_bytes() const { return weight_bytes_; }
-  int64_t workspace_bytes() const;
-  int64_t cache_bytes() const { return cache_ ? cache_->bytes_in_use() : 0; }
+  int64_t weight_bytes() const { return plan_.weight_bytes; }
+  int64_t workspace_bytes() const { return plan_.workspace_bytes; }
+  int64_t cache_bytes() const { return cache_->bytes_in_use(); }
 
  private:
   friend class Sequence;
 
   void check_items(const std::vector<StepItem>& items) const;
   Batch make_batch(const std::vector<StepItem>& items) const;
-  void forward(const Batch& batch, const std::function<void()>& poll);  // tokens -> x_
-  // Normed, unembedded and sampled; 64 rows of logits at a time.
-  std::vector<std::optional<Sample>> read_out(const std::vector<StepItem>& items, float* logits);
+  void forward(int64_t n, const std::function<void()>& poll);  // tokens -> x_, n rows
+  // x_ -> logits_: n rows, normed and unembedded; all of the batch, or those listed.      rows: [n] or null
+  void unembed(int64_t n, const int32_t* rows);
+  // Both run the batch, write the logits that are wanted to `logits` where it is not null, and draw samples.
+  std::vector<std::optional<Sample>> decode(const Batch& batch, const std::vector<StepItem>& items, float* logits,
+                                            const std::function<void()>& poll);
+  std::vector<std::optional<Sample>> prefill(const Batch& batch, const std::vector<StepItem>& items, float* logits,
+                                             const std::function<void()>& poll);
   void check_process() const;
   void extend_rope_table(int64_t end);
+  std::vector<std::pair<Buffer*, int64_t>> work_space(const Limits& limits);  // and how many floats each is to be
 
   ModelConfig config_;
-  int64_t max_context_, max_batch_tokens_;
   int process_;  // that made the model: threads do not survive a fork
   std::unique_ptr<Backend> backend_;
-  std::unique_ptr<WeightLoader> loader_;
+  MemoryPlan plan_;
+  std::unique_ptr<WeightLoader> loader_;  // null: loaded
   Weights weights_;
-  int64_t weight_bytes_ = 0;
   std::unique_ptr<KvCache> cache_;
   std::mutex mutex_;  // one step at a time
 
@@ -96,7 +103,7 @@ class Model : public std::enable_shared_from_this<Model> {
   Buffer a_;                    // [n, heads * 64] attention output
   Buffer experts_;              // [n, k] ids
   Buffer expert_weights_;       // [n, k]
-  Buffer logits_;               // [64, V]
+  Buffer logits_;               // [rows at a time, V]
   int64_t rope_end_ = 0;        // positions the rope tables hold so far
   Buffer rope_cos_, rope_sin_;  // [max_context, 32]
 };

@@ -77,49 +77,57 @@ Sampler::Sampler(int64_t vocab_size, SamplingOptions options) : vocab_size_(voca
     CHECK(id >= 0 && id < vocab_size, "logit_bias: token id ", id, " is outside the vocabulary of ", vocab_size);
     CHECK(!std::isnan(bias) && bias < std::numeric_limits<float>::max(), "logit_bias of token ", id, " must be a number, not ",
           bias);
+    adjustments_.push_back({static_cast<int32_t>(id), static_cast<float>(bias)});
   }
+}
+
+TokenAdjustment& Sampler::adjustment_of(int32_t token) {
+  const auto before = [](const TokenAdjustment& a, int32_t id) { return a.token < id; };
+  const auto place = std::lower_bound(adjustments_.begin(), adjustments_.end(), token, before);
+  if (place != adjustments_.end() && place->token == token) return *place;
+  return *adjustments_.insert(place, {token});
 }
 
 void Sampler::observe_prompt(const int32_t* tokens, int64_t n) {
   for (int64_t i = 0; i < n; ++i) check_token(tokens[i]);
-  for (int64_t i = 0; i < n; ++i) ++prompt_counts_[tokens[i]];
+  if (options_.repetition_penalty == 1) return;
+  std::vector<int32_t> distinct(tokens, tokens + n);
+  std::sort(distinct.begin(), distinct.end());
+  distinct.erase(std::unique(distinct.begin(), distinct.end()), distinct.end());
+  std::vector<TokenAdjustment> merged;
+  merged.reserve(adjustments_.size() + distinct.size());
+  auto next = adjustments_.begin();
+  for (int32_t token : distinct) {
+    while (next != adjustments_.end() && next->token < token) merged.push_back(*next++);
+    merged.push_back(next != adjustments_.end() && next->token == token ? *next++ : TokenAdjustment{token});
+    merged.back().repeated = 1;
+  }
+  merged.insert(merged.end(), next, adjustments_.end());
+  adjustments_ = std::move(merged);
 }
 
 void Sampler::record(int32_t token) {
   check_token(token);
-  ++output_counts_[token];
+  const Penalties p = penalties();
+  if (p.repetition == 1 && p.presence == 0 && p.frequency == 0) return;
+  TokenAdjustment& adjustment = adjustment_of(token);
+  adjustment.repeated = 1;
+  ++adjustment.count;
 }
 
 void Sampler::check_token(int32_t token) const {
   CHECK(token >= 0 && token < vocab_size_, "token id ", token, " is outside the vocabulary of ", vocab_size_);
 }
 
-bool Sampler::adjusts() const {
-  return !options_.logit_bias.empty() || options_.repetition_penalty != 1 || options_.presence_penalty != 0 ||
-         options_.frequency_penalty != 0;
-}
+void fail_not_numbers(int64_t n) { FAIL("the logits have ", n, " values that are not a number"); }
 
-void Sampler::adjust(std::vector<float>& logits) const {
-  const SamplingOptions& o = options_;
-  for (const auto& [id, bias] : o.logit_bias) logits[id] += static_cast<float>(bias);
-  auto repeated = [&](int32_t id) {
-    const double x = logits[id];
-    logits[id] = static_cast<float>(x > 0 ? x / o.repetition_penalty : x * o.repetition_penalty);
-  };
-  if (o.repetition_penalty != 1) {
-    for (const auto& [id, count] : prompt_counts_) repeated(id);
-    for (const auto& [id, count] : output_counts_)
-      if (!prompt_counts_.count(id)) repeated(id);
-  }
-  for (const auto& [id, count] : output_counts_)
-    logits[id] = static_cast<float>(logits[id] - o.presence_penalty - o.frequency_penalty * static_cast<double>(count));
-}
+void fail_no_maximum(float top) { FAIL("the logits have no finite maximum (", top, "): nothing can be sampled"); }
 
 int32_t Sampler::draw(const float* logits, int64_t position) const {
   const SamplingOptions& o = options_;
   const int32_t best = largest(logits, vocab_size_);
   const float top = logits[best];
-  if (!std::isfinite(top)) FAIL("the logits have no finite maximum (", top, "): nothing can be sampled");
+  if (!std::isfinite(top)) fail_no_maximum(top);
   if (o.temperature == 0 || o.top_k == 1) return best;
   std::vector<int32_t> ids(vocab_size_);
   std::iota(ids.begin(), ids.end(), 0);
@@ -154,16 +162,16 @@ void Sampler::add_logprobs(Sample& sample, const float* logits) const {
 
 Sample Sampler::sample(const float* logits, int64_t position) const {
   // A NaN would make comparisons, and so the choice, depend on its place.
-  double check = 0;
-  for (int64_t i = 0; i < vocab_size_; ++i) check += logits[i] != logits[i];
-  if (check > 0) FAIL("the logits have ", check, " values that are not a number");
+  int64_t not_numbers = 0;
+  for (int64_t i = 0; i < vocab_size_; ++i) not_numbers += logits[i] != logits[i];
+  if (not_numbers > 0) fail_not_numbers(not_numbers);
   Sample sample;
-  if (adjusts()) {
-    std::vector<float> adjusted(logits, logits + vocab_size_);
-    adjust(adjusted);
-    sample.token = draw(adjusted.data(), position);
-  } else {
+  if (adjustments_.empty()) {
     sample.token = draw(logits, position);
+  } else {
+    std::vector<float> row(logits, logits + vocab_size_);
+    for (const TokenAdjustment& a : adjustments_) row[a.token] = adjusted(row[a.token], a, penalties());
+    sample.token = draw(row.data(), position);
   }
   if (options_.logprobs >= 0) add_logprobs(sample, logits);
   return sample;

@@ -6,11 +6,11 @@
 // probability; and one of the rest is drawn by its probability. The random number depends on seed and position alone, so a
 // sequence repeats whatever it is batched with. Log-probabilities are those of the model, before any of this.
 #pragma once
+#include <cmath>
 #include <cstdint>
 #include <map>
 #include <string>
 #include <string_view>
-#include <unordered_map>
 #include <utility>
 #include <vector>
 
@@ -29,6 +29,34 @@ struct SamplingOptions {
   int64_t logprobs = -1;  // -1: none; n: of the chosen token and of the n most probable
 };
 
+#ifdef __CUDACC__
+#define GPTOSS_HOST_DEVICE __host__ __device__
+#else
+#define GPTOSS_HOST_DEVICE
+#endif
+
+struct Penalties {
+  double repetition = 1, presence = 0, frequency = 0;
+};
+
+// What is done to the logit of one token before anything is drawn.
+struct TokenAdjustment {
+  int32_t token = 0;
+  float bias = 0;
+  int32_t repeated = 0;  // whether repetition_penalty applies: the token is in the prompt or the output
+  int32_t count = 0;     // in the output
+};
+
+// Written once for the host and the kernels. A NaN (an infinity and a bias of the other) is a token that cannot be drawn.
+GPTOSS_HOST_DEVICE inline float adjusted(float logit, const TokenAdjustment& by, const Penalties& penalties) {
+  logit += by.bias;
+  const double x = logit;
+  if (by.repeated) logit = static_cast<float>(x > 0 ? x / penalties.repetition : x * penalties.repetition);
+  if (by.count > 0)
+    logit = static_cast<float>(logit - penalties.presence - penalties.frequency * static_cast<double>(by.count));
+  return logit == logit ? logit : -HUGE_VALF;
+}
+
 struct Sample {
   int32_t token = 0;
   double logprob = 0;
@@ -40,6 +68,10 @@ class Sampler {
   Sampler(int64_t vocab_size, SamplingOptions options);
 
   int64_t vocab_size() const { return vocab_size_; }
+  const SamplingOptions& options() const { return options_; }
+  Penalties penalties() const { return {options_.repetition_penalty, options_.presence_penalty, options_.frequency_penalty}; }
+  // By token, each token once.
+  const std::vector<TokenAdjustment>& adjustments() const { return adjustments_; }
   void observe_prompt(const int32_t* tokens, int64_t n);
   // logits: [vocab_size]; position: of the token to be sampled in its sequence. Throws if the logits are not numbers.
   Sample sample(const float* logits, int64_t position) const;
@@ -47,15 +79,18 @@ class Sampler {
 
  private:
   void check_token(int32_t token) const;
-  bool adjusts() const;
-  void adjust(std::vector<float>& logits) const;
+  TokenAdjustment& adjustment_of(int32_t token);
   int32_t draw(const float* logits, int64_t position) const;
   void add_logprobs(Sample& sample, const float* logits) const;
 
   int64_t vocab_size_;
   SamplingOptions options_;
-  std::unordered_map<int32_t, int64_t> prompt_counts_, output_counts_;
+  std::vector<TokenAdjustment> adjustments_;
 };
+
+// What sampling throws of logits that nothing can be drawn from, wherever it is done.
+[[noreturn]] void fail_not_numbers(int64_t n);
+[[noreturn]] void fail_no_maximum(float top);
 
 // A number in [0, 1) for a seed and a position: Philox4x32-10 (Salmon et al., SC 2011), 53 bits of it.
 double uniform(uint64_t seed, uint64_t position);

@@ -42,6 +42,7 @@ struct HostTensor {
   const void* data = nullptr;  // shape, row-major
   DType dtype = DType::F32;
   std::vector<int64_t> shape;
+  bool on_device = false;  // data is the backend's memory: matrices only
 };
 
 // Backend memory that frees itself.
@@ -85,12 +86,19 @@ enum class WeightFormat {
   kMxfp4,  // MXFP4 matrices of a product, one per expert
 };
 
+// Which rows belong together: a backend may lay them side by side, so that whoever has the one has the other.
+enum class RowOrder {
+  kPlain,
+  kGateUp,     // rows alternate gate, up and feed SwiGLU together
+  kRopePairs,  // heads of 64 rows, of which i and i + 32 are rotated together
+};
+
 struct Weight {
   WeightFormat format = WeightFormat::kTable;
   int64_t experts = 1;
-  int64_t rows = 0;      // outputs of one expert's matrix
-  int64_t cols = 0;      // inputs
-  bool gate_up = false;  // rows alternate gate, up and feed SwiGLU together
+  int64_t rows = 0;  // outputs of one expert's matrix
+  int64_t cols = 0;  // inputs
+  RowOrder order = RowOrder::kPlain;
   Buffer storage;
 };
 

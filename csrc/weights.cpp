@@ -126,38 +126,52 @@ std::vector<TensorSpec> expected_tensors(const ModelConfig& config, Layout layou
   return specs;
 }
 
-WeightLoader::WeightLoader(Backend& backend, const ModelConfig& config) : backend_(backend) {
-  const int64_t H = config.hidden_size, I = config.intermediate_size, E = config.n_experts, V = config.vocab_size;
-  auto vector = [&](int64_t n) {
-    bytes_ += n * static_cast<int64_t>(sizeof(float));
-    return backend.allocate(n * sizeof(float));
-  };
-  auto weight = [&](WeightFormat format, int64_t experts, int64_t rows, int64_t cols, bool gate_up = false) {
-    Weight made = backend.make_weight(format, experts, rows, cols, gate_up);
-    bytes_ += static_cast<int64_t>(made.storage.bytes());
-    return made;
-  };
-  weights_.embedding = weight(WeightFormat::kTable, 1, V, H);
-  for (int64_t i = 0; i < config.n_layers; ++i) {
-    LayerWeights layer;
-    layer.attn_norm = vector(H);
-    layer.qkv = weight(WeightFormat::kBf16, 1, config.qkv_size(), H);
-    layer.qkv_bias = vector(config.qkv_size());
-    layer.sinks = vector(config.n_heads);
-    layer.out = weight(WeightFormat::kBf16, 1, H, config.q_size());
-    layer.out_bias = vector(H);
-    layer.mlp_norm = vector(H);
-    layer.router = weight(WeightFormat::kTable, 1, E, H);
-    layer.router_bias = vector(E);
-    layer.gate_up = weight(WeightFormat::kMxfp4, E, 2 * I, H, true);
-    layer.gate_up_bias = vector(E * 2 * I);
-    layer.down = weight(WeightFormat::kMxfp4, E, H, I);
-    layer.down_bias = vector(E * H);
-    weights_.layers.push_back(std::move(layer));
-  }
-  weights_.norm = vector(H);
-  weights_.unembedding = weight(WeightFormat::kBf16, 1, V, H);
+namespace {
 
+// Calls vector(buffer, n) and matrix(weight, format, experts, rows, cols, order) for every field.
+template <class Vector, class Matrix>
+void for_each_field(Weights& weights, const ModelConfig& config, const Vector& vector, const Matrix& matrix) {
+  const int64_t H = config.hidden_size, I = config.intermediate_size, E = config.n_experts, V = config.vocab_size;
+  weights.layers.resize(config.n_layers);
+  matrix(weights.embedding, WeightFormat::kTable, 1, V, H, RowOrder::kPlain);
+  for (LayerWeights& layer : weights.layers) {
+    vector(layer.attn_norm, H);
+    matrix(layer.qkv, WeightFormat::kBf16, 1, config.qkv_size(), H, RowOrder::kRopePairs);
+    vector(layer.qkv_bias, config.qkv_size());
+    vector(layer.sinks, config.n_heads);
+    matrix(layer.out, WeightFormat::kBf16, 1, H, config.q_size(), RowOrder::kPlain);
+    vector(layer.out_bias, H);
+    vector(layer.mlp_norm, H);
+    matrix(layer.router, WeightFormat::kTable, 1, E, H, RowOrder::kPlain);
+    vector(layer.router_bias, E);
+    matrix(layer.gate_up, WeightFormat::kMxfp4, E, 2 * I, H, RowOrder::kGateUp);
+    vector(layer.gate_up_bias, E * 2 * I);
+    matrix(layer.down, WeightFormat::kMxfp4, E, H, I, RowOrder::kPlain);
+    vector(layer.down_bias, E * H);
+  }
+  vector(weights.norm, H);
+  matrix(weights.unembedding, WeightFormat::kBf16, 1, V, H, RowOrder::kPlain);
+}
+
+}  // namespace
+
+int64_t weight_bytes(const Backend& backend, const ModelConfig& config) {
+  int64_t bytes = 0;
+  Weights shapes_only;
+  for_each_field(
+      shapes_only, config, [&](Buffer&, int64_t n) { bytes += n * static_cast<int64_t>(sizeof(float)); },
+      [&](Weight&, WeightFormat format, int64_t experts, int64_t rows, int64_t cols, RowOrder) {
+        bytes += static_cast<int64_t>(backend.weight_bytes(format, experts, rows, cols));
+      });
+  return bytes;
+}
+
+WeightLoader::WeightLoader(Backend& backend, const ModelConfig& config) : backend_(backend) {
+  for_each_field(
+      weights_, config, [&](Buffer& buffer, int64_t n) { buffer = backend.allocate(n * sizeof(float)); },
+      [&](Weight& weight, WeightFormat format, int64_t experts, int64_t rows, int64_t cols, RowOrder order) {
+        weight = backend.make_weight(format, experts, rows, cols, order);
+      });
   const Add add = [this](Layout layout, std::string name, std::vector<int64_t> shape, std::vector<DType> dtypes, Put put) {
     slots_[static_cast<int>(layout)][name] = {{name, std::move(shape), std::move(dtypes)}, std::move(put)};
   };
@@ -194,7 +208,7 @@ Weights WeightLoader::finish() {
     fewest.resize(std::min<size_t>(n, 3));
     CHECK(false, n, n == 1 ? " tensor is" : " tensors are", " missing: ", fewest, n > 3 ? " ..." : "");
   }
-  backend_.synchronize();
+  backend_.finish_loading();
   return std::move(weights_);
 }
 

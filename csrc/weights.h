@@ -44,6 +44,9 @@ enum class Layout { kHuggingFace, kOriginal };
 
 std::vector<TensorSpec> expected_tensors(const ModelConfig& config, Layout layout);
 
+// What the weights take on this backend.
+int64_t weight_bytes(const Backend& backend, const ModelConfig& config);
+
 // Takes tensors one by one, in any order, checks each and puts it where the backend wants it.
 class WeightLoader {
  public:
@@ -52,7 +55,6 @@ class WeightLoader {
 
   void load(const HostTensor& tensor);  // its memory may go when this returns
   Weights finish();                     // throws if a tensor is missing
-  int64_t bytes() const { return bytes_; }
 
  private:
   struct Slot {
@@ -63,7 +65,6 @@ class WeightLoader {
 
   Backend& backend_;
   Weights weights_;
-  int64_t bytes_ = 0;
   std::map<std::string, Slot> slots_[2];  // by layout
 };
 

@@ -42,8 +42,9 @@ def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(tiny_path: Path) -> "Iterator[Model]":
-    """That checkpoint on the CPU. Shared: a test must leave it as it found it."""
+    """That checkpoint on DEVICE. Shared: a test must leave it as it found it."""
     from gptoss import Model
+    from small_models import DEVICE
 
-    with Model.load(tiny_path, "cpu", progress=False) as model:
+    with Model.load(tiny_path, DEVICE, max_sequences=8, invariant=True, progress=False) as model:
         yield model

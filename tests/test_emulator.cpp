@@ -25,6 +25,30 @@ void test_collectives() {
   for (int i = 0; i < 32; ++i) CHECK(out[i] == (i ^ 5) * 1000 + 3, "lane ", i, " has ", out[i]);
 }
 
+// A sum over the lanes up to each, in 64 bits, and tickets from one counter.
+void scan_kernel(unsigned long long* out, unsigned* tickets) {
+  wait_for_previous();
+  const int lane = static_cast<int>(threadIdx.x);
+  unsigned long long sum = 1ull << lane;
+  for (int delta = 1; delta < 32; delta *= 2) {
+    const unsigned long long before = __shfl_up_sync(kAllLanes, sum, delta);
+    if (lane >= delta) sum += before;
+  }
+  out[lane] = sum << 8 | atomicAdd(tickets, 1u);
+}
+
+void test_scan() {
+  std::array<unsigned long long, 32> out;
+  unsigned tickets = 0, seen = 0;
+  launch({dim3(1), dim3(32)}, scan_kernel, out.data(), &tickets);
+  for (int i = 0; i < 32; ++i) {
+    CHECK(out[i] >> 8 == (2ull << i) - 1, "lane ", i, " has ", out[i] >> 8);
+    seen |= 1u << (out[i] & 31);
+  }
+  CHECK(tickets == 32 && seen == ~0u, tickets, " tickets, ", seen);
+  CHECK(__ffs(0x50) == 5 && __ffs(0) == 0 && __clz(0) == 32 && __clz(-1) == 0 && __clz(0x100) == 23, "places of bits");
+}
+
 void sum_kernel(float* out) {
   wait_for_previous();
   float* shared = shared_memory<float>();
@@ -131,6 +155,29 @@ void test_copies_are_late() {
   }
 }
 
+// The last of all blocks adds what each has written.
+void last_block_kernel(int* parts, int* sum, unsigned* counter) {
+  wait_for_previous();
+  int* last = shared_memory<int>();
+  const int i = static_cast<int>(threadIdx.x), blocks = static_cast<int>(gridDim.x);
+  parts[static_cast<int>(blockIdx.x) * 32 + i] = 1;
+  __syncthreads();
+  if (i == 0) *last = comes_last(counter, gridDim.x);
+  __syncthreads();
+  if (!*last || i != 0) return;
+  for (int p = 0; p < blocks * 32; ++p) *sum += parts[p];
+}
+
+void test_last_block() {
+  unsigned counter = 0;
+  for (unsigned blocks : {1u, 5u}) {  // the second launch finds the counter as the first left it
+    std::vector<int> parts(blocks * 32);
+    int sum = 0;
+    launch({dim3(blocks), dim3(32), 16}, last_block_kernel, parts.data(), &sum, &counter);
+    CHECK(sum == static_cast<int>(blocks) * 32 && counter == 0, "the last of ", blocks, " blocks found ", sum);
+  }
+}
+
 // Fragments filled by the formulas of the PTX manual ("Matrix Fragments for mma.m16n8k16"), apart from the emulator's own.
 void mma_kernel(const uint16_t* a, const uint16_t* b, float* c) {
   wait_for_previous();
@@ -167,9 +214,150 @@ void test_mma() {
   CHECK(c == expected, "mma: ", c, " is not ", expected);
 }
 
+// 32 rows of 8 numbers, in an order of their own: row r of matrix m is row 5 (8 m + r) % 32 in memory.
+void matrices_kernel(uint32_t* plain, uint32_t* transposed, uint32_t* moved) {
+  wait_for_previous();
+  uint16_t* rows = shared_memory<uint16_t>();
+  const int lane = static_cast<int>(threadIdx.x), place = 5 * lane % 32;
+  for (int i = 0; i < 8; ++i) rows[place * 8 + i] = static_cast<uint16_t>(lane * 8 + i);  // row lane % 8 of matrix lane / 8
+  __syncwarp();
+  const FragmentA a = ldmatrix<false>(rows + place * 8), t = ldmatrix<true>(rows + place * 8);
+  const uint32_t words[] = {a.a0, a.a1, a.a2, a.a3}, columns[] = {t.a0, t.a1, t.a2, t.a3};
+  for (int m = 0; m < 4; ++m) {
+    plain[m * 32 + lane] = words[m];
+    transposed[m * 32 + lane] = columns[m];
+    moved[m * 32 + lane] = movmatrix(words[m]);
+  }
+}
+
+// PTX manual, "ldmatrix": thread 4 r + c holds elements 2 c and 2 c + 1 of row r; with .trans, of column r.
+void test_matrices() {
+  std::array<uint32_t, 128> plain, transposed, moved;
+  launch({dim3(1), dim3(32), 512}, matrices_kernel, plain.data(), transposed.data(), moved.data());
+  for (uint32_t i = 0; i < 128; ++i) {
+    const uint32_t matrix = i / 32 * 64, r = i % 32 / 4, c = i % 4 * 2;
+    const uint32_t row = (matrix + r * 8 + c) | (matrix + r * 8 + c + 1) << 16;
+    const uint32_t column = (matrix + c * 8 + r) | (matrix + (c + 1) * 8 + r) << 16;
+    CHECK(plain[i] == row, "ldmatrix: word ", i, " is ", plain[i], ", not ", row);
+    CHECK(transposed[i] == column, "ldmatrix.trans: word ", i, " is ", transposed[i], ", not ", column);
+    CHECK(moved[i] == column, "movmatrix: word ", i, " is ", moved[i], ", not ", column);
+  }
+}
+
 void test_rounding() {
   CHECK(pack_bf16(1.f, -2.f) == 0xc0003f80u, "1 and -2");
   CHECK((pack_bf16(1.00390625f, 1.01171875f) == 0x3f823f80u), "halves go to even");
+}
+
+// --- runtime ----------------------------------------------------------------------------------------------------------
+
+void add_kernel(int* sum, int value) {
+  wait_for_previous();
+  if (threadIdx.x == 0) *sum += value;
+}
+
+void expect_status(cudaError_t status, cudaError_t expected) {
+  CHECK(status == expected, "\"", cudaGetErrorString(status), "\", not \"", cudaGetErrorString(expected), "\"");
+}
+
+// What goes to the stream is kept while it is captured, arguments as they were, and done at every launch of the graph.
+void test_graph() {
+  cudaStream_t stream = nullptr;
+  cudaGraph_t graph = nullptr;
+  cudaGraphExec_t exec = nullptr;
+  int sum = 0, value = 5, copy = 0;
+  expect_status(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), cudaSuccess);
+  expect_status(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), cudaSuccess);
+  launch({dim3(1), dim3(32), 0, stream}, add_kernel, &sum, value);
+  value = 7;
+  expect_status(cudaMemcpyAsync(&copy, &sum, sizeof sum, cudaMemcpyDeviceToHost, stream), cudaSuccess);
+  launch({dim3(1), dim3(32), 0, stream}, add_kernel, &sum, 100);
+  expect_status(cudaStreamEndCapture(stream, &graph), cudaSuccess);
+  CHECK(sum == 0 && copy == 0, "a captured launch ran");
+  expect_status(cudaGraphInstantiate(&exec, graph), cudaSuccess);
+  expect_status(cudaGraphDestroy(graph), cudaSuccess);
+  for (int i = 1; i <= 2; ++i) {
+    expect_status(cudaGraphLaunch(exec, stream), cudaSuccess);
+    CHECK(sum == 105 * i && copy == sum - 100, "launch ", i, ": ", sum, " and ", copy);
+  }
+  expect_status(cudaGraphExecDestroy(exec), cudaSuccess);
+  expect_status(cudaStreamDestroy(stream), cudaSuccess);
+}
+
+void test_what_a_capture_forbids() {
+  void* memory = nullptr;
+  expect_status(cudaMalloc(&memory, 256), cudaSuccess);
+  const std::function<cudaError_t(cudaStream_t)> forbidden[] = {
+      [](cudaStream_t) {
+        void* more = nullptr;
+        return cudaMalloc(&more, 256);
+      },
+      [&](cudaStream_t) { return cudaFree(std::exchange(memory, nullptr)); },
+      [](cudaStream_t stream) { return cudaStreamSynchronize(stream); },
+      [](cudaStream_t) { return cudaEventSynchronize(nullptr); },
+  };
+  for (const auto& call : forbidden) {
+    cudaStream_t stream = nullptr;
+    cudaGraph_t graph = nullptr;
+    expect_status(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking), cudaSuccess);
+    expect_status(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal), cudaSuccess);
+    expect_status(call(stream), cudaErrorStreamCaptureUnsupported);
+    expect_status(cudaStreamEndCapture(stream, &graph), cudaErrorStreamCaptureInvalidated);
+    expect_status(cudaStreamSynchronize(stream), cudaSuccess);  // and the stream is as before
+    expect_status(cudaStreamDestroy(stream), cudaSuccess);
+  }
+}
+
+void test_memory() {
+  size_t before = 0, after = 0, total = 0;
+  void* memory = nullptr;
+  setenv("GPTOSS_EMULATOR_MEMORY", "1000000", 1);
+  cudaMemGetInfo(&before, &total);
+  expect_status(cudaMalloc(&memory, 1000), cudaSuccess);
+  cudaMemGetInfo(&after, &total);
+  CHECK(total == 1000000 && before - after == 1024, before - after, " bytes of ", total);
+  void* more = nullptr;
+  expect_status(cudaMalloc(&more, 999000), cudaErrorMemoryAllocation);
+  expect_status(cudaFree(memory), cudaSuccess);
+  cudaMemGetInfo(&after, &total);
+  CHECK(after == before, "freed memory counts");
+  unsetenv("GPTOSS_EMULATOR_MEMORY");
+}
+
+// The second kernel fails: it does not run, and from then on nothing works until the reset.
+void test_failure() {
+  int sum = 0;
+  setenv("GPTOSS_EMULATOR_FAIL", "2", 1);
+  launch({dim3(1), dim3(32)}, add_kernel, &sum, 1);
+  launch({dim3(1), dim3(32)}, add_kernel, &sum, 1);
+  CHECK(sum == 1, "a failing kernel ran");
+  for (int i = 0; i < 2; ++i) {
+    expect_error("cudaLaunchKernelEx failed: an illegal memory access",
+                 [&] { launch({dim3(1), dim3(32)}, add_kernel, &sum, 1); });
+    void* memory = nullptr;
+    expect_status(cudaMalloc(&memory, 16), cudaErrorIllegalAddress);
+    expect_status(cudaStreamSynchronize(nullptr), cudaErrorIllegalAddress);
+    expect_status(cudaGetLastError(), cudaErrorIllegalAddress);
+  }
+  expect_status(cudaDeviceReset(), cudaSuccess);
+  for (int i = 0; i < 3; ++i) launch({dim3(1), dim3(32)}, add_kernel, &sum, 1);
+  CHECK(sum == 4, "after a reset kernels run again: ", sum);
+  unsetenv("GPTOSS_EMULATOR_FAIL");
+}
+
+void test_devices() {
+  int n = 0;
+  cudaDeviceProp properties;
+  setenv("GPTOSS_EMULATOR_DEVICES", "2", 1);
+  setenv("GPTOSS_EMULATOR_SM", "75", 1);
+  expect_status(cudaGetDeviceCount(&n), cudaSuccess);
+  expect_status(cudaGetDeviceProperties(&properties, 1), cudaSuccess);
+  CHECK(n == 2 && properties.major == 7 && properties.minor == 5, n, " devices of ", properties.major, ".", properties.minor);
+  expect_status(cudaSetDevice(2), cudaErrorInvalidDevice);
+  setenv("GPTOSS_EMULATOR_DEVICES", "0", 1);
+  expect_status(cudaGetDeviceCount(&n), cudaErrorInsufficientDriver);
+  unsetenv("GPTOSS_EMULATOR_DEVICES");
+  unsetenv("GPTOSS_EMULATOR_SM");
 }
 
 }  // namespace
@@ -182,14 +370,22 @@ int main() {
     for (int seed = 0; seed < 5; ++seed) {
       set_seed(seed);
       test_collectives();
+      test_scan();
       test_barrier();
       test_lost_threads();
       test_shared_memory_is_nan();
       test_copies_are_late();
+      test_last_block();
       test_mma();
+      test_matrices();
     }
     set_seed(0);
     test_race_shows();
+    test_graph();
+    test_what_a_capture_forbids();
+    test_memory();
+    test_devices();
+    test_failure();
   } catch (const std::exception& error) {
     std::fprintf(stderr, "test_emulator: %s\n", error.what());
     return 1;

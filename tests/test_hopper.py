@@ -10,12 +10,29 @@ from collections.abc import Iterator
 import pytest
 import reference
 import torch
-from errors import assert_same_rounding
+from errors import assert_same_rounding, median_error
 from gptoss import _gptoss
 from reference import ENGINE, EXACT
-from small_models import DEVICE, random_mxfp4
+from small_models import (
+    DEVICE,
+    core_logits,
+    feed,
+    make_core,
+    random_mxfp4,
+    random_tensors,
+    random_tokens,
+    small,
+)
 from test_mxfp4 import MAX_SCALE, every_code_and_scale
-from test_ops import ROUTINGS, assert_bitwise, moe_case, normal, run_moe, seeded
+from test_ops import (
+    ROUTINGS,
+    assert_bitwise,
+    assert_no_experts_for_padding,
+    moe_case,
+    normal,
+    run_moe,
+    seeded,
+)
 from torch import Tensor
 
 EMULATED = "emulator" in _gptoss.build_info()["cuda"]
@@ -109,3 +126,50 @@ def test_which_path() -> None:
     assert torch.equal(run(64, False), run(64, True))
     assert torch.equal(run(128, True)[:64], run(64, True))
     assert not torch.equal(run(128, False), run(128, True))
+
+
+def test_padding_chooses_no_experts() -> None:
+    assert_no_experts_for_padding(make_ops(), 300, 90)
+
+
+MODEL = small(2, hidden_size=160, n_heads=2, n_kv_heads=1, n_experts=4, intermediate_size=96)
+
+
+@pytest.fixture(scope="module")
+def tensors() -> dict[str, Tensor]:
+    return random_tensors(MODEL)
+
+
+def assert_near(logits: Tensor, prompts: list[Tensor], tensors: dict[str, Tensor]) -> None:
+    """All logits of those sequences: as near to float64 as torch with the engine's roundings is."""
+    exact, plain = (
+        torch.cat([reference.forward(tokens, tensors, MODEL, precision) for tokens in prompts])
+        for precision in (EXACT, ENGINE)
+    )
+    assert median_error(logits, exact) <= 1.25 * median_error(plain, exact)
+
+
+def test_prompt(tensors: dict[str, Tensor]) -> None:
+    """With rotation, cache and residual: 300 tokens, of which the second step has 140."""
+    tokens = random_tokens(300, MODEL)
+    core = make_core(MODEL, tensors, invariant=False)
+    assert_near(core_logits(core, tokens, 160), [tokens], tensors)
+
+
+def test_replayed_steps(tensors: dict[str, Tensor]) -> None:
+    """70 sequences, filled up to 72, decoded by steps that are recorded and replayed. Sequences of
+    the same tokens have the same bits."""
+    n, length, kinds = 70, 5, 5
+    core = make_core(
+        MODEL, tensors, invariant=False, max_context=128, max_sequences=72, max_batch_tokens=128
+    )
+    prompts = [random_tokens(length, MODEL, seed) for seed in range(kinds)]
+    sequences = [_gptoss.Sequence(core) for _ in range(n)]
+    steps = [
+        feed(core, [(s, prompts[i % kinds][at : at + 1]) for i, s in enumerate(sequences)])
+        for at in range(length)
+    ]
+    logits = [torch.cat([step[i] for step in steps]) for i in range(n)]
+    assert_near(torch.cat(logits[:kinds]), prompts, tensors)
+    for i in range(kinds, n):
+        assert_bitwise([logits[i], logits[i % kinds]])

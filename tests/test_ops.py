@@ -6,6 +6,7 @@ does not depend on the rows it is computed with, nor on the number of threads.
 
 from collections.abc import Callable, Sequence
 from functools import cache
+from itertools import product
 
 import pytest
 import reference
@@ -236,7 +237,8 @@ def test_swiglu_limit_is_read(ops: _gptoss.Ops) -> None:
         assert_same_rounding(out, plain, exact, share=0.05)
 
 
-HEADS = ((1, 1), (3, 3), (4, 2), (8, 1), (16, 2), (12, 1))  # query heads, key/value heads
+# query heads, key/value heads
+HEADS = ((1, 1), (3, 3), (4, 2), (4, 1), (8, 1), (16, 2), (12, 1), (16, 1))
 RAGGED = ((1,), (129, 2, 1, 127, 128), (520,))
 
 
@@ -302,6 +304,44 @@ def test_attention(
     assert_bitwise([together, *(run(chunk=chunk) for chunk in (9, 64, 128))])
 
 
+@pytest.mark.parametrize("lengths", ((1001,), (600, 130, 1, 64, 257)), ids=str)
+@pytest.mark.parametrize("window", (0, 128))
+def test_attention_row_by_row(ops: _gptoss.Ops, window: int, lengths: tuple[int, ...]) -> None:
+    """A prompt at once, a few rows of each sequence at a time and one row are the same bits."""
+    config, qkv, sinks, plain, exact = attention_case(2, 2, window, lengths)
+    together, few, single = (
+        run_attention(ops, qkv, lengths, sinks, window, config, chunk) for chunk in (0, 8, 1)
+    )
+    assert_same_rounding(single, plain, exact, share=0.05)
+    assert_bitwise([together, few, single])
+
+
+def test_attention_in_long_sequences(ops: _gptoss.Ops) -> None:
+    """Over more pages than there are parts of a row: the last rows in a prompt, and alone."""
+    config, n = small(1, n_heads=8, n_kv_heads=1), 4200
+    qkv, sinks = random_qkv(n, config, seeded(6)), normal(8, generator=seeded(7), std=3.0)
+    together = run_attention(ops, qkv, [n], sinks, 0, config)
+    assert_bitwise([together, run_attention(ops, qkv, [n], sinks, 0, config, chunk=n - 1)])
+    plain = reference.attention(qkv, sinks, 0, config, ENGINE)
+    exact = reference.attention(qkv, sinks, 0, config, EXACT)
+    assert_same_rounding(together, plain, exact, share=0.05)
+
+
+@pytest.mark.parametrize("chunk", (1, 64))
+def test_attention_does_not_read_the_unseen(ops: _gptoss.Ops, chunk: int) -> None:
+    """NaN in keys and values that a row cannot see: later ones of the same page, those before its
+    window, and what lies in a page that another sequence has given back."""
+    config, lengths, window = small(1, n_heads=8, n_kv_heads=2), (400, 300), 128
+    qkv, sinks = random_qkv(700, config, seeded(8)), normal(8, generator=seeded(9))
+    clean = run_attention(ops, qkv, lengths, sinks, window, config, chunk)
+    qkv[:100, 8 * 64 :] = torch.nan  # the first sequence; gone when row 256 takes a page
+    qkv[350, 8 * 64 :] = torch.nan
+    out = run_attention(ops, qkv, lengths, sinks, window, config, chunk)
+    assert out[:100].isnan().all() and out[350:400].isnan().all()
+    for rows in (slice(99 + window, 350), slice(400, 700)):
+        assert_bitwise([out[rows], clean[rows]])
+
+
 @pytest.mark.parametrize("window", (0, 128))
 @pytest.mark.parametrize("sink", (-torch.inf, -1e4, -100.0, 0.0, 5.0, 100.0, 1e4))
 def test_attention_with_extreme_sinks(ops: _gptoss.Ops, sink: float, window: int) -> None:
@@ -345,6 +385,151 @@ def test_rotation_at_the_last_positions(isa: str) -> None:
         return (share @ precision.round(last[:, 2]))[-64:]
 
     assert_same_rounding(out, by_reference(ENGINE), by_reference(EXACT), share=0.05)
+
+
+BATCHES = (1, 2, 8, 9, 64, 127, 128, 129)  # around every change of kernel, and of page
+
+
+@cache
+def qkv_case(n: int, hidden: int, heads: int, kv_heads: int, window: int) -> tuple:
+    """Inputs of norm and projection for sequences of n and 3 rows, and what torch makes of them."""
+    config = small(1, hidden_size=hidden, n_heads=heads, n_kv_heads=kv_heads)
+    generator = seeded(n, hidden, heads, window)
+    outputs = (heads + 2 * kv_heads) * 64
+    x = normal(n + 3, hidden, generator=generator) * torch.logspace(-2, 2, n + 3)[:, None]
+    norm = normal(hidden, generator=generator)
+    weight = normal(outputs, hidden, generator=generator, std=1.3 * hidden**-0.5).bfloat16()
+    bias, sinks = normal(outputs, generator=generator), normal(heads, generator=generator)
+
+    def by_reference(precision: reference.Precision) -> tuple[Tensor, Tensor]:
+        t = reference.rmsnorm(x.to(precision.sums), norm, 1e-5)
+        qkv = reference.linear(t, weight, bias, precision)
+        queries, out = [], []
+        for rows in qkv.split((n, 3)):
+            tables = reference.rope_tables(torch.arange(len(rows)), config)
+            q = rows[:, : heads * 64].view(-1, heads, 64)
+            queries.append(reference.rope(q, *tables).flatten(1))
+            out.append(reference.attention(rows, sinks, window, config, precision))
+        return torch.cat(queries), torch.cat(out)
+
+    return config, (x, norm, weight, bias, sinks), by_reference(ENGINE), by_reference(EXACT)
+
+
+def run_qkv(
+    ops: _gptoss.Ops, config: reference.Config, inputs: tuple, window: int, chunk: int, fused: bool
+) -> tuple[Tensor, Tensor]:
+    """The engine's queries, and its attention with the keys and values that went to the cache."""
+    x, norm, weight, bias, sinks = inputs
+    lengths = [len(x) - 3, 3]
+    positions = torch.cat([torch.arange(n, dtype=torch.int32) for n in lengths])
+    q, out = (torch.full((len(x), config.n_heads * 64), torch.nan) for _ in range(2))
+    core = _gptoss.Config(**core_fields(config))
+    ops.qkv_attention(
+        out, q, x, norm, 1e-5, weight, bias, positions, lengths, sinks, window, core, chunk, fused
+    )
+    return q, out
+
+
+@pytest.mark.parametrize(
+    "hidden, heads, kv_heads, window", ((96, 4, 2, 128), (352, 3, 1, 0), (2880, 2, 1, 0))
+)
+@pytest.mark.parametrize("n", BATCHES)
+def test_norm_qkv(
+    ops: _gptoss.Ops, n: int, hidden: int, heads: int, kv_heads: int, window: int
+) -> None:
+    """Norm, projection, rotation and cache write in one are those operations, to the last bit."""
+    config, inputs, plain, exact = qkv_case(n, hidden, heads, kv_heads, window)
+    q, out = run_qkv(ops, config, inputs, window, 0, True)
+    assert_same_rounding(q, plain[0], exact[0], share=0.05)
+    assert_same_rounding(out, plain[1], exact[1], share=0.15)  # three roundings in a row
+    for chunk, fused in ((0, False), (1, True), (4, True), (9, True)):
+        if fused and n > 64 and chunk == 1:
+            continue  # the same kernel as at 64
+        other_q, other = run_qkv(ops, config, inputs, window, chunk, fused)
+        assert_bitwise([q, other_q])
+        assert_bitwise([out, other])
+
+
+def run_mlp(
+    ops: _gptoss.Ops,
+    inputs: tuple,
+    experts: dict[str, Tensor],
+    rows: slice,
+    k: int,
+    fused: bool,
+    padding: int = 0,
+) -> tuple[Tensor, ...]:
+    """The engine's x + moe(norm(x)), norm(x), the chosen experts and their shares."""
+    x, norm, router, bias = inputs
+    out = x[rows].clone()
+    t, ids = torch.full_like(out, torch.nan), torch.empty(len(out), k, dtype=torch.int32)
+    weights = torch.full((len(out), k), torch.nan)
+    parts = [
+        experts[f"{name}_proj_{p}"]
+        for name in ("gate_up", "down")
+        for p in ("blocks", "scales", "bias")
+    ]
+    ops.mlp(out, t, ids, weights, norm, 1e-5, router, bias, parts, 7.0, fused, padding)
+    return out, t, ids, weights
+
+
+def assert_no_experts_for_padding(ops: _gptoss.Ops, n: int, padding: int) -> None:
+    """Of n rows, the last ones only fill up a batch: no expert is chosen for them, so none is read
+    or added; the others are as ever. (On CUDA.)"""
+    n_experts, hidden, k = 8, 96, 4
+    generator = seeded(n, padding)
+    experts = random_experts(n_experts, hidden, 64, generator)
+    router = normal(n_experts, hidden, generator=generator, std=0.1).bfloat16()
+    x, norm = normal(n, hidden, generator=generator), normal(hidden, generator=generator)
+    inputs = x, norm, router, normal(n_experts, generator=generator)
+    real = n - padding
+    for fused in (True, False):
+        whole = run_mlp(ops, inputs, experts, slice(0, n), k, fused)
+        out, _, ids, weights = run_mlp(ops, inputs, experts, slice(0, n), k, fused, padding)
+        assert torch.equal(out[:real], whole[0][:real])
+        assert torch.equal(ids[:real], whole[2][:real])
+        assert torch.equal(weights[:real], whole[3][:real])
+        assert torch.equal(out[real:], x[real:])
+        assert (ids[real:] == n_experts).all() and not weights[real:].any()
+
+
+MLPS = ((4, 96, 64), (32, 160, 96), (128, 64, 32), (5, 352, 32), (32, 2880, 32))  # E, H, I
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+@pytest.mark.parametrize("n, shape", (*product(BATCHES, MLPS), (1100, (4, 32, 32))), ids=str)
+def test_norm_route(ops: _gptoss.Ops, n: int, shape: tuple[int, int, int], routing: str) -> None:
+    """Norm, router and sort in one, then the experts, are those operations to the last bit."""
+    n_experts, hidden, inner = shape
+    k = min(4, n_experts)
+    generator = seeded(n, *shape)
+    experts = random_experts(n_experts, hidden, inner, generator)
+    x = normal(n, hidden, generator=generator) * torch.logspace(-1, 1, n)[:, None]
+    norm = normal(hidden, generator=generator)
+    router = normal(n_experts, hidden, generator=generator, std=hidden**-0.5).bfloat16()
+    bias = normal(n_experts, generator=generator)
+    if routing == "an expert with all":
+        bias[-1] = 100
+    elif routing == "experts with none":
+        bias[:k] = 100
+    inputs = (x, norm, router, bias)
+    everything = slice(0, n)
+
+    out, t, ids, weights = run_mlp(ops, inputs, experts, everything, k, True)
+    exact_t, plain_t = reference.rmsnorm(x.double(), norm, 1e-5), reference.rmsnorm(x, norm, 1e-5)
+    assert_as_accurate(t, plain_t, exact_t)
+    exact_ids, exact_weights = reference.route(exact_t, router, bias, k)
+    assert torch.equal(ids.long(), exact_ids)
+    assert_as_accurate(weights, reference.route(plain_t, router, bias, k)[1], exact_weights)
+    plain = x + reference.moe(t, ids.long(), weights, experts, 7.0, ENGINE)
+    exact = x + reference.moe(t.double(), ids.long(), weights.double(), experts, 7.0, EXACT)
+    assert_same_rounding(out, plain, exact, share=0.05)
+
+    narrow = run_mlp(ops, inputs, experts, everything, k, False)
+    for mine, other in zip((out, t, ids, weights), narrow, strict=True):
+        assert_bitwise([mine.view(torch.int32), other.view(torch.int32)])
+    if routing == "random":
+        assert_rows_alone(lambda rows: run_mlp(ops, inputs, experts, rows, k, True)[0], n)
 
 
 OPERATION_OF = {  # the operation of the engine that holds a function of the reference

@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -103,3 +105,29 @@ def test_a_forked_child_is_told(tiny_path: Path) -> None:
     assert all("fork" in line for line in said[:3]), said
     stream.close()
     assert model.generate("Hello", PARAMS).tokens == expected  # the parent goes on
+
+
+@pytest.mark.parametrize("pin", ["", "0", "1"])
+def test_pinning(tiny_path: Path, pin: str) -> None:
+    """Workers get one processor each, and only when asked; the caller's thread stays free."""
+    script = f"""
+import os
+from pathlib import Path
+from gptoss import Model
+before = {{task.name for task in Path("/proc/self/task").iterdir()}}
+with Model.load({str(tiny_path)!r}, "cpu", threads=3, progress=False) as model:
+    model.generate([1, 2, 3])
+    tasks = {{task.name for task in Path("/proc/self/task").iterdir()}} - before
+    masks = [os.sched_getaffinity(int(task)) for task in tasks]
+    print(len(masks), sum(len(mask) == 1 for mask in masks), len(os.sched_getaffinity(0)))
+"""
+    environment = {**os.environ, "GPTOSS_PIN_THREADS": pin}
+    result = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True
+    )
+    workers, pinned, own = map(int, result.stdout.split())
+    processors = len(os.sched_getaffinity(0))
+    assert own == processors
+    assert workers >= 2
+    if processors > 1:
+        assert pinned == (2 if pin == "1" else 0)

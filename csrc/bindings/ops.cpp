@@ -59,7 +59,7 @@ class Ops {
   void mxfp4_linear(py::object out, py::object x, py::object blocks, py::object scales) {
     BorrowedTensor out_(out, "out"), x_(x, "x"), blocks_(blocks, "blocks"), scales_(scales, "scales");
     const int64_t n = extent(x_, 0), K = extent(x_, 1), M = extent(blocks_, 0);
-    Weight weight = make_mxfp4(blocks_, scales_, 1, M, K, false);
+    Weight weight = make_mxfp4(blocks_, scales_, 1, M, K, RowOrder::kPlain);
     product(out_, x_, weight, py::none(), false, n, M, K);
   }
 
@@ -69,6 +69,7 @@ class Ops {
     CHECK(k >= 1 && k <= E, "ids: ", k, " experts of ", E, " asked for");
     weight_.data<uint16_t>(DType::BF16, {E, H});
     reserve(H, H, E, k);
+    begin_rows(n);
     const Buffer in = put(t_, {n, H}), b = put(bias_, {E});
     Buffer chosen = backend_->allocate(n * k * 4), shares = take(n * k);
     backend_->route({chosen.mat<int32_t>(n, k), shares.mat<float>(n, k)}, in.mat<const float>(n, H),
@@ -80,20 +81,17 @@ class Ops {
   void moe(py::object x, py::object t, py::object ids, py::object weights, py::object gate_up_blocks, py::object gate_up_scales,
            py::object gate_up_bias, py::object down_blocks, py::object down_scales, py::object down_bias, float limit) {
     BorrowedTensor x_(x, "x"), t_(t, "t"), ids_(ids, "ids"), weights_(weights, "weights");
-    BorrowedTensor gub(gate_up_blocks, "gate_up_blocks"), gus(gate_up_scales, "gate_up_scales"),
-        gu(gate_up_bias, "gate_up_bias");
-    BorrowedTensor db(down_blocks, "down_blocks"), ds(down_scales, "down_scales"), d(down_bias, "down_bias");
-    const int64_t n = extent(t_, 0), H = extent(t_, 1), E = extent(gub, 0), I = extent(gub, 1) / 2, k = extent(ids_, 1);
+    const Experts e = make_experts({gate_up_blocks, gate_up_scales, gate_up_bias, down_blocks, down_scales, down_bias});
+    const int64_t n = extent(t_, 0), H = extent(t_, 1), E = e.gate_up.experts, k = extent(ids_, 1);
     const int32_t* chosen = ids_.data<int32_t>(DType::I32, {n, k});
     for (int64_t i = 0; i < n * k; ++i) CHECK(chosen[i] >= 0 && chosen[i] < E, "ids: ", chosen[i], " of ", E, " experts");
-    reserve(H, I, E, k);
-    const Weight up = make_mxfp4(gub, gus, E, 2 * I, H, true), down = make_mxfp4(db, ds, E, H, I, false);
-    const Buffer up_bias = put(gu, {E, 2 * I}), down_bias_ = put(d, {E, H}), in = put(t_, {n, H}),
-                 shares = put(weights_, {n, k});
+    reserve(H, e.down.cols, E, k);
+    begin_rows(n);
+    const Buffer in = put(t_, {n, H}), shares = put(weights_, {n, k});
     Buffer residual = put(x_, {n, H}), top = backend_->allocate(n * k * 4);
     backend_->copy_in(top.data(), chosen, n * k * 4);
     backend_->moe_add(residual.mat<float>(n, H), in.mat<const float>(n, H), {top.mat<int32_t>(n, k), shares.mat<float>(n, k)},
-                      {&up, up_bias.as<float>(), &down, down_bias_.as<float>(), limit});
+                      e.view(limit));
     give(x_.data<float>(DType::F32, {n, H}), residual, n * H);
   }
 
@@ -101,14 +99,109 @@ class Ops {
   void attention(py::object out, py::object qkv, py::object positions, const std::vector<int64_t>& lengths, py::object sinks,
                  int64_t window, ModelConfig config, int64_t chunk) {
     BorrowedTensor out_(out, "out"), qkv_(qkv, "qkv"), positions_(positions, "positions"), sinks_(sinks, "sinks");
-    const int64_t n = extent(qkv_, 0), q_size = config.q_size(), kv_heads = config.n_kv_heads;
-    float* result = out_.data<float>(DType::F32, {n, q_size});
+    const int64_t n = extent(qkv_, 0), kv_heads = config.n_kv_heads;
     const float* rows = qkv_.data<float>(DType::F32, {n, config.qkv_size()});
-    const int32_t* ids = positions_.data<int32_t>(DType::I32, {n});
     config.n_layers = 1;
     config.layer_windows = {window};
     config.validate();
-    const Buffer sink = put(sinks_, {config.n_heads});
+    attend(out_, nullptr, rows, config.qkv_size(), positions_, lengths, sinks_, config, chunk,
+           [&](Mat<float> q, const KvLayer& cache, Mat<const float> in, const RopeTable& rope) {
+             backend_->rope_append(q, cache, in, rope, kv_heads);
+           });
+  }
+
+  // norm_qkv and attention likewise. By the fused operation, or by the narrow ones one after the other. q gets the queries.
+  void qkv_attention(py::object out, py::object q, py::object x, py::object norm, float eps, py::object weight, py::object bias,
+                     py::object positions, const std::vector<int64_t>& lengths, py::object sinks, int64_t window,
+                     ModelConfig config, int64_t chunk, bool fused) {
+    BorrowedTensor out_(out, "out"), q_(q, "q"), x_(x, "x"), norm_(norm, "norm"), weight_(weight, "weight"),
+        bias_(bias, "bias"), positions_(positions, "positions"), sinks_(sinks, "sinks");
+    const int64_t n = extent(x_, 0), H = extent(x_, 1), M = config.qkv_size(), kv_heads = config.n_kv_heads;
+    const float* rows = x_.data<float>(DType::F32, {n, H});
+    const uint16_t* matrix = weight_.data<uint16_t>(DType::BF16, {M, H});
+    config.n_layers = 1;
+    config.layer_windows = {window};
+    config.validate();
+    reserve(H, 32, 1, 1);
+    Weight w = backend_->make_weight(WeightFormat::kBf16, 1, M, H, RowOrder::kRopePairs);
+    for (const auto& [first, count] : {std::pair{int64_t{0}, config.q_size()}, std::pair{config.q_size(), config.kv_size()},
+                                       std::pair{config.q_size() + config.kv_size(), config.kv_size()}})
+      backend_->load_rows(w, first, {"weight", matrix + first * H, DType::BF16, {count, H}});
+    const Buffer g = put(norm_, {H}), b = put(bias_, {M});
+    attend(out_, q_.data<float>(DType::F32, {n, config.q_size()}), rows, H, positions_, lengths, sinks_, config, chunk,
+           [&](Mat<float> to, const KvLayer& cache, Mat<const float> in, const RopeTable& rope) {
+             Buffer t = take(in.rows * H), qkv = take(in.rows * M);
+             const auto t_ = t.mat<float>(in.rows, H), qkv_ = qkv.mat<float>(in.rows, M);
+             const Norm by{g.as<float>(), eps};
+             if (fused)
+               backend_->norm_qkv(to, cache, in, by, w, b.as<float>(), rope, kv_heads, t_, qkv_);
+             else
+               backend_->Backend::norm_qkv(to, cache, in, by, w, b.as<float>(), rope, kv_heads, t_, qkv_);
+             backend_->synchronize();  // the work space goes
+           });
+  }
+
+  // norm_route and moe_add onto x: t is the normed rows. By the fused operation, or by the narrow ones. The last `padding` rows
+  // only fill up the batch.
+  void mlp(py::object x, py::object t, py::object ids, py::object weights, py::object norm, float eps, py::object router,
+           py::object router_bias, const std::vector<py::object>& experts, float limit, bool fused, int64_t padding) {
+    BorrowedTensor x_(x, "x"), t_(t, "t"), ids_(ids, "ids"), weights_(weights, "weights"), norm_(norm, "norm"),
+        router_(router, "router"), bias_(router_bias, "router_bias");
+    const Experts e = make_experts(experts);
+    const int64_t n = extent(x_, 0), H = extent(x_, 1), E = e.gate_up.experts, k = extent(ids_, 1);
+    CHECK(k >= 1 && k <= E, "ids: ", k, " experts of ", E, " asked for");
+    router_.data<uint16_t>(DType::BF16, {E, H});
+    reserve(H, e.down.cols, E, k);
+    begin_rows(n - padding);
+    const Weight table = make_rows(WeightFormat::kTable, router_);
+    const Buffer g = put(norm_, {H}), b = put(bias_, {E});
+    Buffer residual = put(x_, {n, H}), normed = take(n * H), chosen = backend_->allocate(n * k * 4), shares = take(n * k);
+    const Routing top = {chosen.mat<int32_t>(n, k), shares.mat<float>(n, k)};
+    const auto in = residual.mat<const float>(n, H);
+    if (fused)
+      backend_->norm_route(top, normed.mat<float>(n, H), in, {g.as<float>(), eps}, table, b.as<float>());
+    else
+      backend_->Backend::norm_route(top, normed.mat<float>(n, H), in, {g.as<float>(), eps}, table, b.as<float>());
+    backend_->moe_add(residual.mat<float>(n, H), normed.mat<const float>(n, H), top, e.view(limit));
+    give(x_.data<float>(DType::F32, {n, H}), residual, n * H);
+    give(t_.data<float>(DType::F32, {n, H}), normed, n * H);
+    give(ids_.data<int32_t>(DType::I32, {n, k}), chosen, n * k);
+    give(weights_.data<float>(DType::F32, {n, k}), shares, n * k);
+  }
+
+  // One token for each row; the logits are written back as the operation leaves them.
+  std::vector<Sample> sample(py::object logits, const std::vector<const Sampler*>& samplers,
+                             const std::vector<int64_t>& positions) {
+    BorrowedTensor logits_(logits, "logits");
+    const int64_t n = extent(logits_, 0), V = extent(logits_, 1);
+    float* host = logits_.data<float>(DType::F32, {n, V});
+    CHECK(std::ssize(samplers) == n && std::ssize(positions) == n, "samplers, positions: ", samplers.size(), " and ",
+          positions.size(), " for ", n, " rows");
+    std::vector<SampleRequest> rows;
+    for (int64_t i = 0; i < n; ++i) {
+      CHECK(samplers[i]->vocab_size() == V, "samplers: one is of a vocabulary of ", samplers[i]->vocab_size(), ", not ", V);
+      rows.push_back({i, samplers[i], positions[i]});
+    }
+    Buffer in = put(logits_, {n, V});
+    backend_->ask_samples(rows);
+    backend_->draw_samples(in.mat<float>(n, V));
+    std::vector<Sample> samples = backend_->take_samples(in.mat<const float>(n, V));
+    give(host, in, n * V);
+    return samples;
+  }
+
+ private:
+  static constexpr int64_t kMaxRows = 8192;
+  using Fill = std::function<void(Mat<float> q, const KvLayer& cache, Mat<const float> in, const RopeTable& rope)>;
+
+  // fill, then attention, for rows [n, width] of sequences on a fresh cache.           out, q (or null): [n, heads*64]
+  void attend(const BorrowedTensor& out, float* queries, const float* rows, int64_t width, const BorrowedTensor& positions,
+              const std::vector<int64_t>& lengths, const BorrowedTensor& sinks, const ModelConfig& config, int64_t chunk,
+              const Fill& fill) {
+    const int64_t n = extent(positions, 0), q_size = config.q_size(), kv_heads = config.n_kv_heads;
+    float* result = out.data<float>(DType::F32, {n, q_size});
+    const int32_t* ids = positions.data<int32_t>(DType::I32, {n});
+    const Buffer sink = put(sinks, {config.n_heads});
     int64_t end = 0, total = 0;
     for (int64_t i = 0; i < n; ++i) end = std::max<int64_t>(end, ids[i] + 1);
     for (int64_t length : lengths) total += length;
@@ -117,7 +210,8 @@ class Ops {
     fill_rope_table(config, 0, end, cos.data(), sin.data());
     const Buffer cos_ = put(cos), sin_ = put(sin);
     const RopeTable rope{cos_.mat<const float>(end, 32), sin_.mat<const float>(end, 32)};
-    KvCache cache(*backend_, config, (n / kPageTokens + 2) * static_cast<int64_t>(lengths.size()) + 2);
+    const int64_t n_pages = (n / kPageTokens + 2) * static_cast<int64_t>(lengths.size()) + 2;
+    KvCache cache(*backend_, config, n_pages, n_pages);
     std::vector<SequenceCache> sequences(lengths.size());
 
     std::vector<int64_t> starts, done(lengths.size(), 0);
@@ -143,16 +237,18 @@ class Ops {
       }
       const int64_t m = batch.n_tokens();
       std::vector<float> gathered;
-      for (int64_t row : source)
-        gathered.insert(gathered.end(), rows + row * config.qkv_size(), rows + (row + 1) * config.qkv_size());
+      for (int64_t row : source) gathered.insert(gathered.end(), rows + row * width, rows + (row + 1) * width);
       const Buffer in = put(gathered);
       Buffer q = take(m * q_size), a = take(m * q_size);
       backend_->begin(batch);
-      backend_->rope_append(q.mat<float>(m, q_size), cache.layer(0), in.mat<const float>(m, config.qkv_size()), rope, kv_heads);
+      fill(q.mat<float>(m, q_size), cache.layer(0), in.mat<const float>(m, width), rope);
       backend_->attention(a.mat<float>(m, q_size), q.mat<const float>(m, q_size), cache.layer(0), sink.as<float>(), kv_heads);
       std::vector<float> values(m * q_size);
-      give(values.data(), a, m * q_size);
-      for (int64_t i = 0; i < m; ++i) std::copy_n(values.data() + i * q_size, q_size, result + source[i] * q_size);
+      for (auto [from, to] : {std::pair{&a, result}, std::pair{&q, queries}}) {
+        if (!to) continue;
+        give(values.data(), *from, m * q_size);
+        for (int64_t i = 0; i < m; ++i) std::copy_n(values.data() + i * q_size, q_size, to + source[i] * q_size);
+      }
       size_t s_index = 0;
       for (size_t s = 0; s < lengths.size(); ++s)
         if (s_index < batch.sequences.size() && batch.sequences[s_index].full_pages == &sequences[s].full)
@@ -160,12 +256,24 @@ class Ops {
     }
   }
 
- private:
-  static constexpr int64_t kMaxRows = 8192;
-
   static int64_t extent(const BorrowedTensor& tensor, size_t d) {
     CHECK(tensor.view().shape.size() > d, tensor.view().name, ": it needs ", d + 1, " dimensions or more");
     return tensor.view().shape[d];
+  }
+  struct Experts {
+    Weight gate_up, down;
+    Buffer gate_up_bias, down_bias;
+
+    ExpertWeights view(float limit) const { return {&gate_up, gate_up_bias.as<float>(), &down, down_bias.as<float>(), limit}; }
+  };
+  Experts make_experts(const std::vector<py::object>& parts) {
+    CHECK(parts.size() == 6, "experts: blocks, scales and bias of gate_up, then of down, not ", parts.size(), " tensors");
+    const char* names[] = {"gate_up_blocks", "gate_up_scales", "gate_up_bias", "down_blocks", "down_scales", "down_bias"};
+    std::vector<std::unique_ptr<BorrowedTensor>> p;
+    for (size_t i = 0; i < parts.size(); ++i) p.push_back(std::make_unique<BorrowedTensor>(parts[i], names[i]));
+    const int64_t E = extent(*p[0], 0), I = extent(*p[0], 1) / 2, H = extent(*p[3], 1);
+    return {make_mxfp4(*p[0], *p[1], E, 2 * I, H, RowOrder::kGateUp), make_mxfp4(*p[3], *p[4], E, H, I, RowOrder::kPlain),
+            put(*p[2], {E, 2 * I}), put(*p[5], {E, H})};
   }
   Buffer take(int64_t floats) { return backend_->allocate(floats * sizeof(float)); }
   Buffer put(const std::vector<float>& values) {
@@ -190,23 +298,30 @@ class Ops {
     config.intermediate_size = intermediate;
     config.n_experts = experts;
     config.experts_per_token = k;
-    backend_->reserve(config);
+    config.n_heads = config.n_kv_heads = 1;
+    backend_->reserve(config, {kMaxRows, 1, 1});
+  }
+  // A batch of so many rows, of which nothing else is said.
+  void begin_rows(int64_t n) {
+    Batch batch;
+    batch.tokens.assign(n, 0);
+    backend_->begin(batch);
   }
   Weight make_rows(WeightFormat format, const BorrowedTensor& rows) {
     rows.data<uint16_t>(DType::BF16, {kAny, kAny});
-    Weight weight = backend_->make_weight(format, 1, rows.view().shape[0], rows.view().shape[1], false);
+    Weight weight = backend_->make_weight(format, 1, rows.view().shape[0], rows.view().shape[1], RowOrder::kPlain);
     backend_->load_rows(weight, 0, rows.view());
     return weight;
   }
   Weight make_mxfp4(const BorrowedTensor& blocks, const BorrowedTensor& scales, int64_t E, int64_t rows, int64_t cols,
-                    bool gate_up) {
+                    RowOrder order) {
     std::vector<int64_t> shape = {rows, cols / 32, 16};
     if (blocks.view().shape.size() == 4) shape.insert(shape.begin(), E);
     CHECK(cols % 32 == 0, blocks.view().name, ": ", cols, " inputs are not a multiple of 32");
     blocks.data<uint8_t>(DType::U8, shape);
     shape.pop_back();
     scales.data<uint8_t>(DType::U8, shape);
-    Weight weight = backend_->make_weight(WeightFormat::kMxfp4, E, rows, cols, gate_up);
+    Weight weight = backend_->make_weight(WeightFormat::kMxfp4, E, rows, cols, order);
     backend_->load_mxfp4_blocks(weight, blocks.view());
     backend_->load_mxfp4_scales(weight, scales.view());
     return weight;
@@ -244,7 +359,12 @@ void bind_ops(py::module_& m) {
            "config"_a, "chunk"_a = 0)
       .def("route", &Ops::route, "ids"_a, "weights"_a, "t"_a, "weight"_a, "bias"_a)
       .def("moe", &Ops::moe, "x"_a, "t"_a, "ids"_a, "weights"_a, "gate_up_blocks"_a, "gate_up_scales"_a, "gate_up_bias"_a,
-           "down_blocks"_a, "down_scales"_a, "down_bias"_a, "limit"_a);
+           "down_blocks"_a, "down_scales"_a, "down_bias"_a, "limit"_a)
+      .def("sample", &Ops::sample, "logits"_a, "samplers"_a, "positions"_a)
+      .def("qkv_attention", &Ops::qkv_attention, "out"_a, "q"_a, "x"_a, "norm"_a, "eps"_a, "weight"_a, "bias"_a, "positions"_a,
+           "sequence_lengths"_a, "sinks"_a, "window"_a, "config"_a, "chunk"_a, "fused"_a)
+      .def("mlp", &Ops::mlp, "x"_a, "t"_a, "ids"_a, "weights"_a, "norm"_a, "eps"_a, "router"_a, "router_bias"_a, "experts"_a,
+           "limit"_a, "fused"_a, "padding"_a = 0);
 }
 
 }  // namespace gptoss

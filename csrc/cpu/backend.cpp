@@ -32,15 +32,17 @@ class CpuBackend final : public Backend {
   Buffer allocate(size_t bytes) override { return allocate_pages(bytes); }
   void copy_in(void* device, const void* host, size_t bytes) override { std::memcpy(device, host, bytes); }
   void copy_out(void* host, const void* device, size_t bytes) override { std::memcpy(host, device, bytes); }
-  size_t available_memory() const override { return cpu::available_memory(); }
+  size_t available_memory() const override {
+    constexpr size_t kSpare = 512 << 20;
+    const size_t available = cpu::available_memory();
+    return available > kSpare ? available - kSpare : 0;
+  }
   void synchronize() override {}
 
-  void reserve(const ModelConfig& config) override {
+  void reserve(const ModelConfig& config, const Limits&) override {
     const int64_t slots = max_tokens_ * config.experts_per_token;
-    const int64_t widest = std::max(config.hidden_size, config.q_size());
-    const int64_t elements = std::max(max_tokens_ * widest, slots * config.hidden_size);
-    packed_ = allocate_pages(elements * kernels_.packed_bytes);
-    packed_hidden_ = allocate_pages(slots * config.intermediate_size * kernels_.packed_bytes);
+    packed_ = allocate_pages(packed_bytes(config));
+    packed_hidden_ = allocate_pages(packed_hidden_bytes(config));
     groups_.reserve(config.n_experts);
     expert_next_.resize(config.n_experts);
     slot_tokens_.resize(slots);
@@ -48,10 +50,16 @@ class CpuBackend final : public Backend {
     router_logits_.resize(pool_.size() * config.n_experts);
   }
 
-  Weight make_weight(WeightFormat format, int64_t experts, int64_t rows, int64_t cols, bool gate_up) override;
+  size_t workspace_bytes(const ModelConfig& config, const Limits&) override {
+    return packed_bytes(config) + packed_hidden_bytes(config);
+  }
+
+  size_t weight_bytes(WeightFormat format, int64_t experts, int64_t rows, int64_t cols) const override;
+  Weight make_weight(WeightFormat format, int64_t experts, int64_t rows, int64_t cols, RowOrder order) override;
   void load_rows(Weight& weight, int64_t first_row, const HostTensor& source) override;
   void load_mxfp4_blocks(Weight& weight, const HostTensor& blocks) override;
   void load_mxfp4_scales(Weight& weight, const HostTensor& scales) override;
+  void finish_loading() override {}
 
   void begin(const Batch& batch) override {
     CHECK(batch.n_tokens() <= max_tokens_, "a step takes at most ", max_tokens_, " tokens, not ", batch.n_tokens());
@@ -85,6 +93,14 @@ class CpuBackend final : public Backend {
     int64_t expert, first, n;
   };
 
+  size_t packed_bytes(const ModelConfig& config) const {
+    const int64_t widest = std::max(config.hidden_size, config.q_size());
+    return max_tokens_ * std::max(widest, config.experts_per_token * config.hidden_size) * kernels_.packed_bytes;
+  }
+  size_t packed_hidden_bytes(const ModelConfig& config) const {
+    return max_tokens_ * config.experts_per_token * config.intermediate_size * kernels_.packed_bytes;
+  }
+
   void product(Mat<float> out, Mat<const float> t, const Weight& weight, const float* bias, Epilogue epilogue);
   void group_by_expert(const Routing& top, int64_t n_experts);
   void pack_groups(Mat<const float> t);
@@ -114,15 +130,19 @@ class CpuBackend final : public Backend {
 
 // ------------------------------------------------------------------------------------------------------------ weights
 
-int64_t panel_bytes(const Weight& weight) {
-  return weight.format == WeightFormat::kMxfp4 ? mxfp4_panel_bytes(weight.cols) : bf16_panel_bytes(weight.cols);
+int64_t panel_bytes(WeightFormat format, int64_t cols) {
+  return format == WeightFormat::kMxfp4 ? mxfp4_panel_bytes(cols) : bf16_panel_bytes(cols);
+}
+int64_t panel_bytes(const Weight& weight) { return panel_bytes(weight.format, weight.cols); }
+
+size_t CpuBackend::weight_bytes(WeightFormat format, int64_t experts, int64_t rows, int64_t cols) const {
+  if (format == WeightFormat::kTable) return rows * cols * 2;
+  return experts * ceil_div(rows, kPanelRows) * panel_bytes(format, cols);
 }
 
-Weight CpuBackend::make_weight(WeightFormat format, int64_t experts, int64_t rows, int64_t cols, bool gate_up) {
-  Weight weight{format, experts, rows, cols, gate_up, {}};
-  const int64_t bytes =
-      format == WeightFormat::kTable ? rows * cols * 2 : experts * ceil_div(rows, kPanelRows) * panel_bytes(weight);
-  weight.storage = allocate_pages(bytes);
+Weight CpuBackend::make_weight(WeightFormat format, int64_t experts, int64_t rows, int64_t cols, RowOrder order) {
+  Weight weight{format, experts, rows, cols, order, {}};
+  weight.storage = allocate_pages(weight_bytes(format, experts, rows, cols));
   return weight;
 }
 
@@ -143,7 +163,7 @@ void CpuBackend::load_rows(Weight& weight, int64_t first_row, const HostTensor& 
   pool_.run(ceil_div(n, kPanelRows), [&](int64_t p, int) {
     const int64_t row = p * kPanelRows;
     kernels_.pack_bf16_panel(panels + p * panel_bytes(weight), rows + row * cols, std::min(kPanelRows, n - row), cols,
-                             weight.gate_up);
+                             weight.order == RowOrder::kGateUp);
   });
 }
 
@@ -161,14 +181,14 @@ void pack_experts(ThreadPool& pool, const Weight& weight, const Pack& pack) {
 void CpuBackend::load_mxfp4_blocks(Weight& weight, const HostTensor& blocks) {
   const uint8_t* source = static_cast<const uint8_t*>(blocks.data);
   pack_experts(pool_, weight, [&](uint8_t* panel, int64_t row, int64_t n) {
-    kernels_.pack_mxfp4_blocks(panel, source + row * weight.cols / 2, n, weight.cols, weight.gate_up);
+    kernels_.pack_mxfp4_blocks(panel, source + row * weight.cols / 2, n, weight.cols, weight.order == RowOrder::kGateUp);
   });
 }
 
 void CpuBackend::load_mxfp4_scales(Weight& weight, const HostTensor& scales) {
   const uint8_t* source = static_cast<const uint8_t*>(scales.data);
   pack_experts(pool_, weight, [&](uint8_t* panel, int64_t row, int64_t n) {
-    kernels_.pack_mxfp4_scales(panel, source + row * weight.cols / 32, n, weight.cols, weight.gate_up);
+    kernels_.pack_mxfp4_scales(panel, source + row * weight.cols / 32, n, weight.cols, weight.order == RowOrder::kGateUp);
   });
 }
 

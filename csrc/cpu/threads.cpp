@@ -1,5 +1,6 @@
 #include "cpu/threads.h"
 
+#include <pthread.h>
 #include <sched.h>
 #include <unistd.h>
 
@@ -43,6 +44,26 @@ int cgroup_threads() {
   }
   if (quota <= 0 || period <= 0) return kMaxThreads;
   return std::max(1, static_cast<int>(std::ceil(quota / period)));
+}
+
+// Not OMP_PROC_BIND: with it set, an OpenMP library in the same process pins the main thread, whose mask workers inherit.
+bool pins_threads() {
+  const char* text = std::getenv("GPTOSS_PIN_THREADS");
+  return text && std::atoi(text) == 1;
+}
+
+// Pins the calling thread to the index-th of the processors it may use, around again where there are fewer.
+void pin_thread(int index) {
+  cpu_set_t allowed, one;
+  if (sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
+  index %= CPU_COUNT(&allowed);
+  for (int cpu = 0; cpu < CPU_SETSIZE; ++cpu) {
+    if (!CPU_ISSET(cpu, &allowed) || index-- > 0) continue;
+    CPU_ZERO(&one);
+    CPU_SET(cpu, &one);
+    pthread_setaffinity_np(pthread_self(), sizeof one, &one);
+    return;
+  }
 }
 
 }  // namespace
@@ -108,6 +129,7 @@ bool ThreadPool::join(uint32_t job) {
 }
 
 void ThreadPool::worker(int thread) {
+  if (pins_threads()) pin_thread(thread);
   uint32_t seen = 0;
   for (;;) {
     for (int spins = 0; job_.load(std::memory_order_acquire) == seen; ++spins) {

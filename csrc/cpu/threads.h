@@ -1,6 +1,7 @@
 // A pool of threads for work of microseconds: workers spin for a while after a job, then sleep. A worker joins a job only while
 // it has units left, and the caller waits only for those that joined: so one that the system has not given a processor to costs
-// nothing but its share of the work.
+// nothing but its share of the work. With GPTOSS_PIN_THREADS=1, workers are pinned to a processor each; the caller's thread is
+// not the pool's to pin.
 #pragma once
 #include <atomic>
 #include <cstdint>

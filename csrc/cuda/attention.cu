@@ -1,309 +1,391 @@
 // Causal attention with one sink logit a head, over a paged cache, for rows of a ragged batch: each row sees the keys up to its
 // own position, or the last `window` of them.
 //
-// The unit of work is a warp: one row, one key/value head, up to 16 of its query heads, which are the rows of the mma tile. A
-// page of 128 keys is taken at once: its scores (q k^T / 8), their maximum m, p = exp(score - m), their sum l, and o = p V.
-// Pages then join a running state in order, which starts with the sink: m = sink, l = 1, o = 0; so the sink counts once, in the
-// maximum and the denominator. Pages are absolute, so the sums do not depend on how a prompt was cut.
-//   few rows:  one warp a page, the parts go through memory and a second kernel joins them (split keys)
-//   many rows: one warp goes through all pages of its row
-// Both do the same arithmetic in the same order: a row has the same bits in either.
-// p is float32: its upper and lower bfloat16 halves are multiplied separately, 16 bits of mantissa. Keys outside the row's
-// range are masked and their values replaced by 0, so nothing that lies there can leak.
+// A unit is a row, a key/value head, and up to 8 of its query heads. The heads are the columns (N) of every mma tile; its rows
+// (M) are 16 keys in S = K q^T, and 16 dimensions in O = V P^T, so that pages of keys [128, 64] and of values [64, 128] are the
+// A operands as they lie in the cache, and no part of a tile is wasted with the 8 heads a group of gpt-oss.
 //
-// Bytes: 256 a key and key/value head. Operations: 256 a key and query head, of which half the tile is used with 8 heads.
-#include "cuda/kernels.h"
+// A row's pages are cut into up to 32 spans of equal length. Within a span, half pages join a running state (m, l, o), as in an
+// online softmax; then the spans join, in order, a state that starts with the sink: so it counts once, in the maximum and the
+// denominator. m is the maximum in powers of two, rounded up: exp(s / 8 - max) = 2^(s c - m) times a power of two, so to
+// rescale is exact, needs no exponential, and is seldom needed. All of this is a function of the row's position alone: a
+// row has the same bits in either kernel and in any cut.
+//   attention_rows:   a block of 4 warps takes some spans of a unit. A warp scores a quarter of a page's keys, then weighs all
+//                     128 for a quarter of the dimensions. Where a unit has several blocks, spans go to memory and the
+//                     block that comes last joins them.
+//   attention_blocks: a block of 8 warps takes up to 16 consecutive rows of a sequence, a warp two of them; pages go through
+//                     shared memory once for all.
+// p is float32: its upper and lower bfloat16 halves are multiplied separately, 16 bits of mantissa. Keys outside the row's
+// range are masked and their values replaced by 0, so nothing that lies there can leak; tiles of 16 of them are skipped.
+//
+// Bytes: 256 a key and key/value head, once for a row, or for a block of rows. Operations: 384 a key and query head (256, and
+// the lower halves).
+#include "cuda/attention.cuh"
+
+#include <algorithm>
+#include <bit>
 
 namespace gptoss::cuda {
 namespace {
 
-constexpr int kPage = 128, kDim = 64, kHeads = 16, kWarps = 4;
-constexpr int kPartFloats = kHeads * (kDim + 2);  // one page's part: o [16, 64], m [16], l [16]
+constexpr int kWholePages = 4;                              // a row of so few pages is one block's work
+constexpr int kRowWarps = 4, kQuarter = kPage / kRowWarps;  // attention_rows
+constexpr int kBlockWarps = kRowBlock / 2;                  // attention_blocks
 
-// A warp's state over 16 heads: lane 4g + c has heads g and g + 8, of each 8 dimensions 2c and 2c + 1.
-struct State {
-  FragmentC o[kDim / 8];
-  float m[2], l[2];
+// ------------------------------------------------------------------------------------------------------ rows by themselves
+
+// One span's state, 16 dimensions a warp.
+struct Part {
+  float4 o[kRowWarps][kWarp];
+  float2 l[kWarp], m[4];
+};
+constexpr int64_t kMaxUnits = 1024;               // that are split; their parts take 76 MB at most
+constexpr int64_t kCounterBytes = kMaxUnits * 4;  // how many spans of each are there
+
+struct RowShared {
+  uint8_t keys[2][kPageBytes], values[2][kPageBytes];  // two pages on their way
+  uint32_t weights[2][kPageTiles][16][4];              // upper, lower halves: [key][heads 2c, 2c + 1]
+  float2 sums[kRowWarps][kWarp];
+  float2 largest[kRowWarps][4];
+  int is_last;
 };
 
-struct Unit {
-  int64_t row, kv_head, first_head, n_heads;
-  int64_t first_key, end_key;
-  const int32_t* pages;  // by absolute page number
+// The pages of a row that a block takes, and their copies: each warp copies what it alone will read, the keys it scores and
+// the dimensions it weighs, and holds 32 page numbers at a time.
+struct PageStream {
+  const AttentionArgs& a;
+  const Sight& sight;
+  const int32_t* pages;  // of the row, from the first that it sees
+  RowShared& shared;
+  int kv_head, first, end;  // of the row's pages
+  int32_t numbers = 0;      // of pages first + 32 i + lane
+  int64_t offset = 0;       // in the cache, of the page copied last
+
+  __device__ Bounds bounds(int page) const { return bounds_of(sight.first_key, sight.end_key, sight.first_page + page); }
+
+  __device__ void start_keys(int page) {
+    if (page < end) {
+      const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+      const int i = page - first;
+      if (i % kWarp == 0) numbers = pages[page + lane < end ? page + lane : end - 1];
+      offset = (int64_t{__shfl_sync(kAllLanes, numbers, i % kWarp)} * a.kv_heads + kv_head) * (kPage * kDim);
+      copy_keys<kWarp, kQuarter>(shared.keys[i % 2], a.keys + offset, lane, warp * kQuarter, bounds(page));
+    }
+    commit_copies();
+  }
+  __device__ void start_values(int page) {
+    if (page < end) {
+      const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+      copy_values<kWarp, 16>(shared.values[(page - first) % 2], a.values + offset, lane, warp * 16, bounds(page));
+    }
+    commit_copies();
+  }
 };
 
-// Unit u: passes over the heads of a key/value head are slowest, rows fastest, so that warps of a block share keys.
-__device__ __forceinline__ Unit find_unit(const AttentionArgs& a, int64_t u) {
-  const int64_t group = a.heads / a.kv_heads, pass = u / a.n / a.kv_heads;
-  Unit unit;
-  unit.row = u % a.n;
-  unit.kv_head = u / a.n % a.kv_heads;
-  unit.first_head = unit.kv_head * group + pass * kHeads;
-  unit.n_heads = group - pass * kHeads < kHeads ? group - pass * kHeads : kHeads;
-  unit.end_key = a.batch.positions[unit.row] + 1;
-  unit.first_key = a.window && unit.end_key > a.window ? unit.end_key - a.window : 0;
-  unit.pages = a.batch.pages + (a.window ? a.batch.window_base : a.batch.full_base)[a.batch.sequence_of[unit.row]];
-  return unit;
-}
-
-__device__ __forceinline__ void load_query(FragmentA (&q)[4], const AttentionArgs& a, const Unit& unit) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, c = lane % 4;
+// o += V p of half a page, for a quarter of the dimensions.
+template <class Seen>
+__device__ __forceinline__ void weigh_quarter(State<1>& span, const RowShared& shared, const uint8_t* values, int half,
+                                              Seen seen) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
 #pragma unroll
-  for (int b = 0; b < 2; ++b) {
-    uint32_t pairs[2][4] = {};
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      if (g + half * 8 >= unit.n_heads) continue;
-      const float* from = a.q + unit.row * a.heads * kDim + (unit.first_head + g + half * 8) * kDim + b * 32 + c * 8;
-      const float4 u = reinterpret_cast<const float4*>(from)[0], v = reinterpret_cast<const float4*>(from)[1];
-      pairs[half][0] = pack_bf16(u.x, u.y);
-      pairs[half][1] = pack_bf16(u.z, u.w);
-      pairs[half][2] = pack_bf16(v.x, v.y);
-      pairs[half][3] = pack_bf16(v.z, v.w);
-    }
-    q[2 * b] = {pairs[0][0], pairs[1][0], pairs[0][1], pairs[1][1]};
-    q[2 * b + 1] = {pairs[0][2], pairs[1][2], pairs[0][3], pairs[1][3]};
+  for (int t = 0; t < kHalfTiles; ++t) {
+    const int tile = half * kHalfTiles + t;
+    if (!seen.sees(tile * 16, 16)) continue;
+    const FragmentA w = ldmatrix<true>(&shared.weights[lane / 16][tile][lane % 16][0]);
+    const FragmentA v[1] = {load_tile<kPage * 2>(values, warp, tile)};
+    weigh(span, v, {w.a0, w.a1}, {w.a2, w.a3}, tile, seen);
   }
 }
 
-// Scores of the page's keys begin .. end, -infinity for the others. Tile 4 i + j, column n is key 32 i + 8 (n / 2) + 2 j + n %
-// 2: so a lane's scores of a block of 32 are those of keys 8c .. 8c+7, the ones whose values it will load.
-__device__ __forceinline__ void page_scores(FragmentC (&s)[kPage / 8], const FragmentA (&q)[4], const uint16_t* keys, int begin,
-                                            int end) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, c = lane % 4;
+// Joins a page to the span's state. Three groups of copies may be on their way beside the one needed next.
+__device__ __forceinline__ void attend_row(State<1>& span, PageStream& stream, const FragmentB (&q)[1][kSteps], int page) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp, g = lane / 4,
+            c = lane % 4;
+  RowShared& shared = stream.shared;
+  const Bounds bounds = stream.bounds(page);
+  const int stage = (page - stream.first) % 2;
+  wait_copies<3>();
+  __syncwarp();
+  FragmentC p[1][2];
+  score(p, 0, q, shared.keys[stage], warp, {bounds});
+  float largest[2];
+  find_largest(largest, p[0]);
+  if (g == 0) shared.largest[warp][c] = {largest[0], largest[1]};
+  __syncthreads();
+  stream.start_keys(page + 2);
+  float halves[2][2], m[2] = {span.m[0], span.m[1]};  // the largest of each half; m for this warp's own
 #pragma unroll
-  for (int tile = 0; tile < kPage / 8; ++tile) {
-    const int block = tile / 4 * 32, j = tile % 4;
-    s[tile] = {{0, 0, 0, 0}};
-    if (block < end && block + 32 > begin) {
-      const uint16_t* key = keys + (block + g / 2 * 8 + 2 * j + g % 2) * kDim + c * 8;
+  for (int h = 0; h < 2; ++h) {
+    const float2 u = shared.largest[2 * h][c], v = shared.largest[2 * h + 1][c];
+    halves[h][0] = fmaxf(u.x, v.x);
+    halves[h][1] = fmaxf(u.y, v.y);
 #pragma unroll
-      for (int b = 0; b < 2; ++b) {
-        const uint4 k = *reinterpret_cast<const uint4*>(key + b * 32);
-        mma(s[tile], q[2 * b], {k.x, k.y});
-        mma(s[tile], q[2 * b + 1], {k.z, k.w});
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const int at = block + 8 * c + 2 * j + i % 2;
-      s[tile].v[i] = at >= begin && at < end ? s[tile].v[i] * 0.125f : -INFINITY;
-    }
+    for (int i = 0; i < 2; ++i)
+      if (h <= warp / 2) m[i] = raised(m[i], halves[h][i]);
   }
-}
-
-// Over the four lanes that share a head.
-__device__ __forceinline__ float quad_max(float v) {
-  v = fmaxf(v, __shfl_xor_sync(kAllLanes, v, 1));
-  return fmaxf(v, __shfl_xor_sync(kAllLanes, v, 2));
-}
-__device__ __forceinline__ float quad_sum(float v) {
-  v += __shfl_xor_sync(kAllLanes, v, 1);
-  return v + __shfl_xor_sync(kAllLanes, v, 2);
-}
-
-// Keeps the values of keys begin .. end among eight, the first of which is key `at`.
-__device__ __forceinline__ uint4 mask_values(uint4 v, int at, int begin, int end) {
-  uint32_t* words = &v.x;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int first = at + 2 * i;
-    uint32_t mask = first >= begin && first < end ? 0x0000ffffu : 0;
-    mask |= first + 1 >= begin && first + 1 < end ? 0xffff0000u : 0;
-    words[i] &= mask;
-  }
-  return v;
-}
-
-// o = p V. Values of a page: [64 dimensions, 128 keys].
-__device__ __forceinline__ void weigh_values(FragmentC (&o)[kDim / 8], const FragmentC (&p)[kPage / 8], const uint16_t* values,
-                                             int begin, int end) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, c = lane % 4;
-#pragma unroll
-  for (int block = 0; block < 4; ++block) {
-    if (block * 32 >= end || block * 32 + 32 <= begin) continue;
-    FragmentA high[2], low[2];
+  for (int t = 0; t < 2; ++t) {
+    exponentiate(p[0][t], m);
+    const Weights w = split(p[0][t]);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const FragmentC &u = p[4 * block + 2 * i], &v = p[4 * block + 2 * i + 1];
-      high[i] = {pack_bf16(u.v[0], u.v[1]), pack_bf16(u.v[2], u.v[3]), pack_bf16(v.v[0], v.v[1]), pack_bf16(v.v[2], v.v[3])};
-      const auto rest = [](float a, float b, uint32_t h) { return pack_bf16(a - bf16_low(h), b - bf16_high(h)); };
-      low[i] = {rest(u.v[0], u.v[1], high[i].a0), rest(u.v[2], u.v[3], high[i].a1), rest(v.v[0], v.v[1], high[i].a2),
-                rest(v.v[2], v.v[3], high[i].a3)};
+      shared.weights[0][warp * 2 + t][g + i * 8][c] = w.high[i];
+      shared.weights[1][warp * 2 + t][g + i * 8][c] = w.low[i];
     }
-    const bool whole = block * 32 >= begin && block * 32 + 32 <= end;
+  }
+  shared.sums[warp][lane] = {quarter_sum(p[0][0], p[0][1], 0), quarter_sum(p[0][0], p[0][1], 1)};
+  wait_copies<3>();
+  __syncthreads();
 #pragma unroll
-    for (int t = 0; t < kDim / 8; ++t) {
-      uint4 v = *reinterpret_cast<const uint4*>(values + (t * 8 + g) * kPage + block * 32 + c * 8);
-      if (!whole) v = mask_values(v, block * 32 + c * 8, begin, end);
-      mma(o[t], high[0], {v.x, v.y});
-      mma(o[t], low[0], {v.x, v.y});
-      mma(o[t], high[1], {v.z, v.w});
-      mma(o[t], low[1], {v.z, v.w});
+  for (int h = 0; h < 2; ++h) {
+    if (!bounds.sees(h * kHalf, kHalf)) continue;
+    const float2 u = shared.sums[2 * h][lane], v = shared.sums[2 * h + 1][lane];
+    raise(span, halves[h]);
+    span.l[0] += u.x + v.x;
+    span.l[1] += u.y + v.y;
+    if (bounds.whole(h * kHalf, kHalf))
+      weigh_quarter(span, shared, shared.values[stage], h, AllSeen());
+    else
+      weigh_quarter(span, shared, shared.values[stage], h, bounds);
+  }
+  __syncwarp();
+  stream.start_values(page + 2);
+}
+
+__device__ __forceinline__ void store_part(Part& part, const State<1>& s) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+  part.o[warp][lane] = {s.o[0].v[0], s.o[0].v[1], s.o[0].v[2], s.o[0].v[3]};
+  if (warp == 0) part.l[lane] = {s.l[0], s.l[1]};
+  if (warp == 0 && lane < 4) part.m[lane] = {s.m[0], s.m[1]};
+}
+
+// Whether all spans of the unit are there, now that this block has stored `n` of them.
+__device__ __forceinline__ bool comes_last(int* counter, int n, int spans, int& is_last) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    is_last = atomicAdd(counter, n) + n == spans;
+    if (is_last) *counter = 0;
+    __threadfence();
+  }
+  __syncthreads();
+  return is_last;
+}
+
+__device__ __forceinline__ void join_parts(State<1>& total, const Part* parts, int spans) {
+  constexpr int kTogether = 8;  // parts on their way
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+  for (int first = 0; first < spans; first += kTogether) {
+    State<1> part[kTogether];
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      const Part& from = parts[first + i < spans ? first + i : spans - 1];
+      const float4 o = load_fresh(&from.o[warp][lane]);
+      const float2 l = load_fresh(&from.l[lane]), m = load_fresh(&from.m[lane % 4]);
+      part[i] = {{m.x, m.y}, {l.x, l.y}, {{{o.x, o.y, o.z, o.w}}}};
     }
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i)
+      if (first + i < spans) join(total, part[i]);
   }
 }
 
-__device__ __forceinline__ void attend_page(State& part, const AttentionArgs& a, const Unit& unit, const FragmentA (&q)[4],
-                                            int64_t page) {
-  const int64_t offset = (static_cast<int64_t>(unit.pages[page]) * a.kv_heads + unit.kv_head) * kPage * kDim;
-  const int64_t first = page * kPage;
-  const int begin = unit.first_key > first ? static_cast<int>(unit.first_key - first) : 0;
-  const int end = unit.end_key < first + kPage ? static_cast<int>(unit.end_key - first) : kPage;
-  FragmentC s[kPage / 8];
-  page_scores(s, q, a.keys + offset, begin, end);
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    float largest = -INFINITY, sum = 0;
-#pragma unroll
-    for (int tile = 0; tile < kPage / 8; ++tile) largest = fmaxf(largest, fmaxf(s[tile].v[2 * half], s[tile].v[2 * half + 1]));
-    largest = quad_max(largest);
-#pragma unroll
-    for (int tile = 0; tile < kPage / 8; ++tile) {
-#pragma unroll
-      for (int i = 2 * half; i < 2 * half + 2; ++i) sum += s[tile].v[i] = expf(s[tile].v[i] - largest);
-    }
-    part.m[half] = largest;
-    part.l[half] = quad_sum(sum);
+// Block: a row, a unit of it, a slice of its spans. `stride` parts a unit in the work space.
+__global__ void __launch_bounds__(kRowWarps* kWarp, 3)
+    attention_rows_kernel(AttentionArgs a, int group, int passes, int stride) {
+  let_next_start();
+  const int index = static_cast<int>(blockIdx.x), slice = static_cast<int>(blockIdx.z), slices = static_cast<int>(gridDim.z);
+  const int unit = static_cast<int>(blockIdx.y * gridDim.x + blockIdx.x);  // of the launch
+  const Heads heads = find_heads(static_cast<int>(blockIdx.y), group, passes);
+  wait_for_previous();
+  if (a.batch.n_rows && index >= *a.batch.n_rows) return;
+  const int row = a.batch.single_rows ? a.batch.single_rows[index] : index;
+  const Sight sight = sight_of(a.batch.positions[row] + 1, static_cast<int>(a.window));
+  const int spans = sight.spans();
+  const int spans_a_block = sight.n_pages <= kWholePages ? spans : spans <= slices ? 1 : (spans + slices - 1) / slices;
+  const int first_span = slice * spans_a_block;
+  if (first_span >= spans) return;
+  const int end_span = first_span + spans_a_block < spans ? first_span + spans_a_block : spans;
+  const bool alone = spans_a_block >= spans;
+  const auto end_of = [&](int span) {
+    return (span + 1) * sight.span < sight.n_pages ? (span + 1) * sight.span : sight.n_pages;
+  };
+
+  RowShared& shared = *shared_memory<RowShared>();
+  PageStream stream{
+      a, sight, page_numbers(a, row) + sight.first_page, shared, heads.kv_head, first_span * sight.span, end_of(end_span - 1)};
+  for (int page = stream.first; page < stream.first + 2; ++page) {
+    stream.start_keys(page);
+    stream.start_values(page);
   }
-#pragma unroll
-  for (int t = 0; t < kDim / 8; ++t) part.o[t] = {{0, 0, 0, 0}};
-  weigh_values(part.o, s, a.values + offset, begin, end);
+  FragmentB q[1][kSteps];
+  load_query(q[0], a, row, heads);
+  Part* parts = reinterpret_cast<Part*>(static_cast<uint8_t*>(a.workspace) + kCounterBytes) + int64_t{unit} * stride;
+  State<1> total, span;
+  start_with_sinks(total, a.sinks, heads);
+  int page = stream.first;
+  for (int s = first_span; s < end_span; ++s) {
+    reset(span);
+    for (; page < end_of(s); ++page) attend_row(span, stream, q, page);
+    if (alone)
+      join(total, span);
+    else
+      store_part(parts[s], span);
+  }
+  if (!alone) {
+    if (!comes_last(static_cast<int*>(a.workspace) + unit, end_span - first_span, spans, shared.is_last)) return;
+    join_parts(total, parts, spans);
+  }
+  finish(a, row, heads, total, static_cast<int>(threadIdx.x) / kWarp * 16);
 }
 
-// How a page's part joins the running state: o = keep o + join o'.
-struct Join {
-  float keep, join;
+// ---------------------------------------------------------------------------------------------------------- blocks of rows
+
+struct BlockShared {
+  uint8_t keys[2][kPageBytes], values[2][kPageBytes];
 };
-__device__ __forceinline__ Join join_page(float& m, float& l, float page_m, float page_l) {
-  const float top = fmaxf(m, page_m);
-  const Join j = {expf(m - top), expf(page_m - top)};
-  l = fmaf(j.join, page_l, l * j.keep);
-  m = top;
-  return j;
-}
-__device__ __forceinline__ float joined(Join j, float o, float page_o) { return fmaf(j.join, page_o, o * j.keep); }
 
-__device__ __forceinline__ void store_pair(const AttentionArgs& a, int64_t row, int64_t head, int dim, float first,
-                                           float second) {
-  const int64_t at = head * kDim + dim;
-  *reinterpret_cast<float2*>(a.out + row * a.heads * kDim + at) = {first, second};
-  *reinterpret_cast<uint32_t*>(a.rounded.data + row * a.rounded.stride + at) = pack_bf16(first, second);
-}
-
-__global__ void __launch_bounds__(kWarps* kWarp) attention_kernel(AttentionArgs a, int64_t n_units) {
-  wait_for_previous();
-  const int64_t u = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
-  if (u >= n_units) return;
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, c = lane % 4;
-  const Unit unit = find_unit(a, u);
-  FragmentA q[4];
-  load_query(q, a, unit);
-  State state;
+// Joins half a page to the states of a warp's two rows.
+template <class Seen>
+__device__ __forceinline__ void attend_two(State<kDimTiles> (&span)[2], const FragmentB (&q)[2][kSteps], const uint8_t* keys,
+                                           const uint8_t* values, int half, const Seen (&seen)[2]) {
+  FragmentC p[2][kHalfTiles];
+  score(p, 0, q, keys, half * 2, seen);
+  score(p, 2, q, keys, half * 2 + 1, seen);
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    state.m[half] = g + half * 8 < unit.n_heads ? a.sinks[unit.first_head + g + half * 8] : 0.f;
-    state.l[half] = 1;
+  for (int j = 0; j < 2; ++j) {
+    if (!seen[j].sees(half * kHalf, kHalf)) continue;
+    float largest[2];
+    find_largest(largest, p[j]);
+    raise(span[j], largest);
+#pragma unroll
+    for (int t = 0; t < kHalfTiles; ++t) exponentiate(p[j][t], span[j].m);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) span[j].l[i] += quarter_sum(p[j][0], p[j][1], i) + quarter_sum(p[j][2], p[j][3], i);
   }
 #pragma unroll
-  for (int t = 0; t < kDim / 8; ++t) state.o[t] = {{0, 0, 0, 0}};
-  for (int64_t page = unit.first_key / kPage; page * kPage < unit.end_key; ++page) {
-    State part;
-    attend_page(part, a, unit, q, page);
+  for (int t = 0; t < kHalfTiles; ++t) {
+    const int tile = half * kHalfTiles + t;
+    if (!seen[0].sees(tile * 16, 16) && !seen[1].sees(tile * 16, 16)) continue;
+    FragmentA v[kDimTiles];
 #pragma unroll
+    for (int d = 0; d < kDimTiles; ++d) v[d] = load_tile<kPage * 2>(values, d, tile);
+#pragma unroll
+    for (int j = 0; j < 2; ++j) {
+      if (!seen[j].sees(tile * 16, 16)) continue;
+      const Weights w = split(p[j][t]);
+      const FragmentB high = {movmatrix(w.high[0]), movmatrix(w.high[1])}, low = {movmatrix(w.low[0]), movmatrix(w.low[1])};
+      weigh(span[j], v, high, low, tile, seen[j]);
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kBlockWarps* kWarp, 1) attention_blocks_kernel(AttentionArgs a, int group, int passes) {
+  constexpr int kThreads = kBlockWarps * kWarp;
+  let_next_start();
+  const Heads heads = find_heads(static_cast<int>(blockIdx.x), group, passes);
+  wait_for_previous();
+  const RowBlock block = a.batch.row_blocks[gridDim.y - 1 - blockIdx.y];  // the last rows, which see most, go first
+  const int thread = static_cast<int>(threadIdx.x), local = thread / kWarp * 2, window = static_cast<int>(a.window);
+  const int position = a.batch.positions[block.first], end_key = position + block.n;
+  const int first_page = sight_of(position + 1, window).first_page, end_page = (end_key - 1) / kPage + 1;
+  const auto sight_of_row = [&](int j) { return sight_of(position + local + j + 1, window); };
+  BlockShared& shared = *shared_memory<BlockShared>();
+
+  const auto start_page = [&](int page, int32_t number) {
+    const int64_t offset = (int64_t{number} * a.kv_heads + heads.kv_head) * (kPage * kDim);
+    const Bounds any_row = bounds_of(sight_of(position + 1, window).first_key, end_key, page);
+    copy_keys<kThreads, kPage>(shared.keys[page % 2], a.keys + offset, thread, 0, any_row);
+    copy_values<kThreads, kDim>(shared.values[page % 2], a.values + offset, thread, 0, any_row);
+  };
+  const int32_t* numbers = page_numbers(a, block.first);
+  start_page(first_page, numbers[first_page]);
+  int32_t next = first_page + 1 < end_page ? numbers[first_page + 1] : 0;
+
+  FragmentB q[2][kSteps];
+  State<kDimTiles> total[2], span[2];
+  int left[2];  // pages of the span
+#pragma unroll
+  for (int j = 0; j < 2; ++j) {
+    load_query(q[j], a, block.first + (local + j < block.n ? local + j : 0), heads);
+    start_with_sinks(total[j], a.sinks, heads);
+    reset(span[j]);
+    left[j] = sight_of_row(j).span;
+  }
+  for (int page = first_page; page < end_page; ++page) {
+    commit_copies();
+    wait_copies<0>();
+    __syncthreads();  // the page is there, and the one before it is done with
+    if (page + 1 < end_page) start_page(page + 1, next);
+    if (page + 2 < end_page) next = numbers[page + 2];
+    Bounds bounds[2];
+#pragma unroll
+    for (int j = 0; j < 2; ++j)
+      bounds[j] = bounds_of(sight_of_row(j).first_key, local + j < block.n ? sight_of_row(j).end_key : 0, page);
+    if (!bounds[0].any() && !bounds[1].any()) continue;
+    const uint8_t *keys = shared.keys[page % 2], *values = shared.values[page % 2];
     for (int half = 0; half < 2; ++half) {
-      const Join j = join_page(state.m[half], state.l[half], part.m[half], part.l[half]);
+      const int key = half * kHalf;
+      if (bounds[0].whole(key, kHalf) && bounds[1].whole(key, kHalf))
+        attend_two<AllSeen>(span, q, keys, values, half, {{}, {}});
+      else if (bounds[0].sees(key, kHalf) || bounds[1].sees(key, kHalf))
+        attend_two(span, q, keys, values, half, bounds);
+    }
 #pragma unroll
-      for (int t = 0; t < kDim / 8; ++t) {
-#pragma unroll
-        for (int i = 2 * half; i < 2 * half + 2; ++i) state.o[t].v[i] = joined(j, state.o[t].v[i], part.o[t].v[i]);
-      }
+    for (int j = 0; j < 2; ++j) {
+      const Sight sight = sight_of_row(j);
+      if (!bounds[j].any() || (--left[j] > 0 && (page + 1) * kPage < sight.end_key)) continue;
+      join(total[j], span[j]);
+      reset(span[j]);
+      left[j] = sight.span;
     }
   }
 #pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    if (g + half * 8 >= unit.n_heads) continue;
-#pragma unroll
-    for (int t = 0; t < kDim / 8; ++t)
-      store_pair(a, unit.row, unit.first_head + g + half * 8, t * 8 + 2 * c, state.o[t].v[2 * half] / state.l[half],
-                 state.o[t].v[2 * half + 1] / state.l[half]);
-  }
+  for (int j = 0; j < 2; ++j)
+    if (local + j < block.n) finish(a, block.first + local + j, heads, total[j], 0);
 }
 
-// One warp a page; parts to memory: [unit, page of the row][o [16, 64], m [16], l [16]].
-__global__ void __launch_bounds__(kWarps* kWarp) attention_split_kernel(AttentionArgs a, int64_t n_units) {
-  wait_for_previous();
-  const int64_t w = static_cast<int64_t>(blockIdx.x) * kWarps + threadIdx.x / kWarp;
-  const int64_t u = w % n_units, part_index = w / n_units;
-  if (part_index >= a.max_pages) return;
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, c = lane % 4;
-  const Unit unit = find_unit(a, u);
-  const int64_t page = unit.first_key / kPage + part_index;
-  if (page * kPage >= unit.end_key) return;
-  FragmentA q[4];
-  load_query(q, a, unit);
-  State part;
-  attend_page(part, a, unit, q, page);
-  float* to = a.partial + (u * a.max_pages + part_index) * kPartFloats;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    const int head = g + half * 8;
-    if (head >= unit.n_heads) continue;
-#pragma unroll
-    for (int t = 0; t < kDim / 8; ++t)
-      *reinterpret_cast<float2*>(to + head * kDim + t * 8 + 2 * c) = {part.o[t].v[2 * half], part.o[t].v[2 * half + 1]};
-    if (c == 0) {
-      to[kHeads * kDim + head] = part.m[half];
-      to[kHeads * kDim + kHeads + head] = part.l[half];
-    }
-  }
+// -------------------------------------------------------------------------------------------------------------- launches
+
+int64_t passes_of(int64_t heads, int64_t kv_heads) { return ceil_div(heads / kv_heads, kHeads); }
+int64_t parts_bytes(int64_t max_pages) { return std::min<int64_t>(max_pages, kMaxSpans) * static_cast<int64_t>(sizeof(Part)); }
+
+// Blocks a unit: as many as fill the card about once, each with a page or more; and so many that a long row among many has
+// no block of more than 32 pages. One where there is no work space for parts. A function of the launch's size alone.
+int64_t count_slices(const AttentionArgs& a, int64_t n_units) {
+  constexpr int64_t kBlocksPerMultiprocessor = 4;
+  if (a.max_pages <= kWholePages || n_units > kMaxUnits) return 1;
+  if (kCounterBytes + n_units * parts_bytes(a.max_pages) > a.workspace_bytes) return 1;
+  const int64_t filling = kBlocksPerMultiprocessor * a.multiprocessors / n_units, least = ceil_div(a.max_pages, 32);
+  return std::min({std::max(filling, least), a.max_pages, int64_t{kMaxSpans}});
 }
 
-// A block of 32 threads joins the parts of one unit's head; a thread has two dimensions.
-__global__ void __launch_bounds__(kWarp) attention_join_kernel(AttentionArgs a) {
-  wait_for_previous();
-  const int64_t u = blockIdx.x / kHeads;
-  const int head = static_cast<int>(blockIdx.x % kHeads), dim = static_cast<int>(threadIdx.x) * 2;
-  const Unit unit = find_unit(a, u);
-  if (head >= unit.n_heads) return;
-  float m = a.sinks[unit.first_head + head], l = 1, first = 0, second = 0;
-  const float* part = a.partial + u * a.max_pages * kPartFloats;
-  for (int64_t page = unit.first_key / kPage; page * kPage < unit.end_key; ++page, part += kPartFloats) {
-    const Join j = join_page(m, l, part[kHeads * kDim + head], part[kHeads * kDim + kHeads + head]);
-    first = joined(j, first, part[head * kDim + dim]);
-    second = joined(j, second, part[head * kDim + dim + 1]);
-  }
-  store_pair(a, unit.row, unit.first_head + head, dim, first / l, second / l);
-}
-
-int64_t units(const AttentionArgs& a) { return a.n * a.kv_heads * ceil_div(a.heads / a.kv_heads, kHeads); }
-
-// Rows enough to fill the card are not split; nor is one page, nor what needs more work space than is worth it. The bounds
-// are for a card of 132 multiprocessors and not tuned yet.
-bool is_split(const AttentionArgs& a) {
-  constexpr int64_t kMaxUnits = 1024, kMaxFloats = int64_t{128} << 20;
-  return a.max_pages > 1 && units(a) <= kMaxUnits && units(a) * a.max_pages * kPartFloats <= kMaxFloats;
-}
-
-Launch launch_of(int64_t blocks, int threads, cudaStream_t stream) {
-  CHECK(blocks < int64_t{1} << 31, "attention of ", blocks, " blocks is too large for one launch");
-  return {dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)), 0, stream};
+template <class Shared>
+Launch launch_of(int64_t x, int64_t y, int64_t z, int warps, cudaStream_t stream) {
+  CHECK(y < 65536, "attention of ", x, " x ", y, " x ", z, " blocks is too large for one launch");
+  return {dim3(static_cast<unsigned>(x), static_cast<unsigned>(y), static_cast<unsigned>(z)),
+          dim3(static_cast<unsigned>(warps * kWarp)), sizeof(Shared), stream};
 }
 
 }  // namespace
 
-int64_t attention_partial_bytes(const AttentionArgs& args) {
-  return is_split(args) ? units(args) * args.max_pages * kPartFloats * static_cast<int64_t>(sizeof(float)) : 0;
+int64_t attention_workspace_bytes(int64_t max_rows, int64_t heads, int64_t kv_heads, int64_t max_context) {
+  // Whoever replays launches rounds their sizes up to powers of two.
+  const auto rounded = [](int64_t n) { return static_cast<int64_t>(std::bit_ceil(static_cast<uint64_t>(n))); };
+  const int64_t per_unit = parts_bytes(rounded(ceil_div(max_context, kPage)));
+  const int64_t units = rounded(max_rows) * kv_heads * passes_of(heads, kv_heads);
+  return kCounterBytes + std::min(units, kMaxUnits) * per_unit;
 }
 
 void attention(const AttentionArgs& args, cudaStream_t stream) {
-  const int64_t n_units = units(args);
-  if (!is_split(args)) {
-    launch(launch_of(ceil_div(n_units, kWarps), kWarps * kWarp, stream), attention_kernel, args, n_units);
-    return;
-  }
-  launch(launch_of(ceil_div(n_units * args.max_pages, kWarps), kWarps * kWarp, stream), attention_split_kernel, args, n_units);
-  launch(launch_of(n_units * kHeads, kWarp, stream), attention_join_kernel, args);
+  const int group = static_cast<int>(args.heads / args.kv_heads);
+  const int64_t passes = passes_of(args.heads, args.kv_heads), units = args.kv_heads * passes, rows = args.batch.n_single_rows;
+  if (args.batch.n_row_blocks > 0)
+    launch(launch_of<BlockShared>(units, args.batch.n_row_blocks, 1, kBlockWarps, stream), attention_blocks_kernel, args, group,
+           static_cast<int>(passes));
+  if (rows > 0)
+    launch(launch_of<RowShared>(rows, units, count_slices(args, rows * units), kRowWarps, stream), attention_rows_kernel, args,
+           group, static_cast<int>(passes), static_cast<int>(std::min<int64_t>(args.max_pages, kMaxSpans)));
 }
 
 }  // namespace gptoss::cuda

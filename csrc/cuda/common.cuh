@@ -8,7 +8,7 @@
 // block's two takes 8c + 4j .. +3. A sum does not mind in which order both operands list its terms.
 #pragma once
 #ifdef GPTOSS_CUDA_EMULATE
-#include "cuda/emulator/emulator.h"
+#include "cuda/emulator/runtime.h"
 #else
 #include <cuda_runtime.h>
 #endif
@@ -19,10 +19,13 @@
 
 namespace gptoss::cuda {
 
-#define CUDA_CHECK(call)                                                                           \
-  do {                                                                                             \
-    const cudaError_t status_ = (call);                                                            \
-    if (status_ != cudaSuccess) FAIL("CUDA: ", #call, " failed: ", ::cudaGetErrorString(status_)); \
+// Throws with the call's name and the error; notes it where the card is unusable from now on (failures.cu).
+[[noreturn]] void call_failed(const char* call, cudaError_t status);
+
+#define CUDA_CHECK(call)                                                     \
+  do {                                                                       \
+    const cudaError_t status_ = (call);                                      \
+    if (status_ != cudaSuccess) ::gptoss::cuda::call_failed(#call, status_); \
   } while (0)
 
 inline constexpr int kWarp = 32;
@@ -57,7 +60,7 @@ template <class... Parameters, class... Arguments>
 void launch(const Launch& l, void (*kernel)(Parameters...), Arguments... arguments) {
   if (l.grid.x == 0 || l.grid.y == 0 || l.grid.z == 0) return;
 #ifdef GPTOSS_CUDA_EMULATE
-  emulator::launch(l.grid, l.block, l.shared_bytes, [&] { kernel(arguments...); });
+  const cudaError_t status = emulator::launch_on(l.stream, l.grid, l.block, l.shared_bytes, [=] { kernel(arguments...); });
 #else
   if (l.shared_bytes > 48 << 10)
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(l.shared_bytes)));
@@ -71,8 +74,9 @@ void launch(const Launch& l, void (*kernel)(Parameters...), Arguments... argumen
   overlap.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &overlap;
   config.numAttrs = overlaps_launches() ? 1 : 0;
-  CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...));
+  const cudaError_t status = cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
 #endif
+  if (status != cudaSuccess) call_failed("cudaLaunchKernelEx", status);
 }
 
 // Until all kernels before this one have ended and what they wrote can be read. What no kernel writes during a step (weights,
@@ -182,6 +186,77 @@ __device__ __forceinline__ void mma(FragmentC& c, FragmentA a, FragmentB b) {
 #endif
 }
 
+// Four 8 x 8 matrices of 16-bit numbers from shared memory, into the words of a fragment: lane i hands over the address of row
+// i % 8 of matrix i / 8, 16 bytes; lane 4g + c gets of each matrix row g, columns 2c and 2c + 1, or, where they are to be
+// transposed, column g, rows 2c and 2c + 1. As A [16, 16] its matrices are the upper left, lower left, upper right, lower
+// right.
+template <bool kTransposed>
+__device__ __forceinline__ FragmentA ldmatrix(const void* row) {
+  FragmentA d;
+#ifdef GPTOSS_CUDA_EMULATE
+  struct Lane {
+    const uint16_t* row;
+    FragmentA* d;
+  } mine{static_cast<const uint16_t*>(row), &d};
+  emulator::collective(&mine, [](void* const* lanes) {
+    for (int i = 0; i < 32; ++i) {
+      const int g = i / 4, k = i % 4 * 2;
+      uint32_t words[4];
+      for (int m = 0; m < 4; ++m) {
+        const auto at = [&](int r, int column) -> uint32_t { return static_cast<Lane*>(lanes[8 * m + r])->row[column]; };
+        words[m] = kTransposed ? at(k, g) | at(k + 1, g) << 16 : at(g, k) | at(g, k + 1) << 16;
+      }
+      *static_cast<Lane*>(lanes[i])->d = {words[0], words[1], words[2], words[3]};
+    }
+  });
+#else
+  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(row));
+  if constexpr (kTransposed)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(d.a0), "=r"(d.a1), "=r"(d.a2), "=r"(d.a3)
+                 : "r"(address)
+                 : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(d.a0), "=r"(d.a1), "=r"(d.a2), "=r"(d.a3)
+                 : "r"(address)
+                 : "memory");
+#endif
+  return d;
+}
+
+// An 8 x 8 matrix of 16-bit numbers, transposed: lane 4g + c has row g, columns 2c and 2c + 1 of it, before and after.
+__device__ __forceinline__ uint32_t movmatrix(uint32_t pair) {
+#ifdef GPTOSS_CUDA_EMULATE
+  struct Lane {
+    uint32_t pair, result;
+  } mine{pair, 0};
+  emulator::collective(&mine, [](void* const* lanes) {
+    const auto at = [&](int r, int column) {
+      return static_cast<Lane*>(lanes[4 * r + column / 2])->pair >> column % 2 * 16 & 0xffffu;
+    };
+    for (int i = 0; i < 32; ++i) static_cast<Lane*>(lanes[i])->result = at(i % 4 * 2, i / 4) | at(i % 4 * 2 + 1, i / 4) << 16;
+  });
+  return mine.result;
+#else
+  uint32_t result;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(pair));
+  return result;
+#endif
+}
+
+// 2^x to about 22 bits, 0 where that is below the normal numbers.
+__device__ __forceinline__ float exp2_fast(float x) {
+#ifdef GPTOSS_CUDA_EMULATE
+  const float y = exp2f(x);
+  return y < 0x1p-126f ? 0.f : y;
+#else
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
+}
+
 // Starts a copy of 16 bytes to shared memory; `bytes` (0 or 16) are read, the rest become zero.
 __device__ __forceinline__ void copy_async(void* shared, const void* global, int bytes) {
 #ifdef GPTOSS_CUDA_EMULATE
@@ -218,6 +293,36 @@ __device__ __forceinline__ uint4 load_once(const uint4* address) {
                : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                : "l"(address));
   return v;
+#endif
+}
+
+// Starts bringing what is there from memory to the second-level cache.
+__device__ __forceinline__ void prefetch([[maybe_unused]] const void* address) {
+#ifndef GPTOSS_CUDA_EMULATE
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+#endif
+}
+
+// -------------------------------------------------------------------------------------------------- blocks that finish
+
+// Counts the calling thread among n that come to this counter; whether it is the last. What each of them wrote before it came,
+// and what its block wrote before a barrier that it passed, can be read by the last, and after another barrier by its block.
+// The counter starts at 0 and is 0 again after the last. Only after wait_for_previous(), as any other memory.
+__device__ __forceinline__ bool comes_last(unsigned* counter, unsigned n) {
+  __threadfence();
+  const bool last = atomicInc(counter, n - 1) == n - 1;
+  __threadfence();
+  return last;
+}
+
+// What another block of the same kernel has written, before a __threadfence() that this block has seen: from the second-level
+// cache, which all blocks share.
+template <class T>
+__device__ __forceinline__ T load_fresh(const T* address) {
+#ifdef GPTOSS_CUDA_EMULATE
+  return *address;
+#else
+  return __ldcg(address);
 #endif
 }
 

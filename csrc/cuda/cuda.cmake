@@ -1,10 +1,11 @@
 # How the CUDA backend is built.
-#   GPTOSS_CUDA=AUTO     for the cards that are there, where both a card and a compiler are found; else as OFF
+#   GPTOSS_CUDA=AUTO     the default: for the cards that are there, where both a card and a compiler are found; else as OFF,
+#                        saying why
 #   GPTOSS_CUDA=ON       for GPTOSS_CUDA_ARCHITECTURES
-#   GPTOSS_CUDA=OFF      a stub that says so when it is asked for; the default until the backend has run on a card
+#   GPTOSS_CUDA=OFF      a stub that says so when it is asked for
 #   GPTOSS_CUDA=EMULATE  the same sources with the C++ compiler, run by csrc/cuda/emulator
 # ON and AUTO with a card need CMake 3.25 and the CUDA toolkit 12.4, or newer; the rest is content with what the CPU needs.
-set(GPTOSS_CUDA OFF CACHE STRING "CUDA backend: AUTO, ON, OFF or EMULATE")
+set(GPTOSS_CUDA AUTO CACHE STRING "CUDA backend: AUTO, ON, OFF or EMULATE")
 set(GPTOSS_CUDA_ARCHITECTURES "80-real;90a-real;120" CACHE STRING "CUDA architectures of GPTOSS_CUDA=ON")
 set_property(CACHE GPTOSS_CUDA PROPERTY STRINGS AUTO ON OFF EMULATE)
 
@@ -61,8 +62,8 @@ else()
   set(gptoss_architectures ${GPTOSS_CUDA_ARCHITECTURES})
 endif()
 
-set(gptoss_cuda_kernels csrc/cuda/attention.cu csrc/cuda/backend.cu csrc/cuda/hopper.cu csrc/cuda/matmul.cu
-  csrc/cuda/moe.cu csrc/cuda/pointwise.cu csrc/cuda/weights.cu)
+set(gptoss_cuda_kernels csrc/cuda/attention.cu csrc/cuda/backend.cu csrc/cuda/failures.cu csrc/cuda/hopper.cu csrc/cuda/matmul.cu
+  csrc/cuda/moe.cu csrc/cuda/pointwise.cu csrc/cuda/sample.cu csrc/cuda/weights.cu)
 if(gptoss_cuda STREQUAL "ON")
   if(CMAKE_VERSION VERSION_LESS 3.25)
     message(FATAL_ERROR "GPTOSS_CUDA=ON needs CMake 3.25 or newer, this is ${CMAKE_VERSION}")
@@ -75,20 +76,12 @@ if(gptoss_cuda STREQUAL "ON")
     set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION -std=c++20)
     set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION -std=c++20)
   endif()
-  add_library(gptoss_cuda OBJECT ${gptoss_cuda_kernels})
-  set_target_properties(gptoss_cuda PROPERTIES CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON)
-  set_property(TARGET gptoss_cuda PROPERTY CUDA_ARCHITECTURES ${gptoss_architectures})
-  target_include_directories(gptoss_cuda PRIVATE csrc)
-  set_property(TARGET gptoss_cuda PROPERTY CUDA_VISIBILITY_PRESET hidden)
-  # No fusing that is not written out: it could differ between two kernels that must give the same bits. And ptxas reports the
-  # registers, stack and spills of every kernel, in the build's output.
-  target_compile_options(gptoss_cuda PRIVATE -fmad=false -lineinfo -Xptxas=-v
-    $<$<BOOL:${GPTOSS_WERROR}>:-Werror=all-warnings>)
   set(GPTOSS_CUDA_SOURCES $<TARGET_OBJECTS:gptoss_cuda>)
 elseif(gptoss_cuda STREQUAL "EMULATE")
   message(STATUS "CUDA backend: emulated on the CPU")
   set(GPTOSS_CUDA_KIND "emulator")
-  set(GPTOSS_CUDA_SOURCES ${gptoss_cuda_kernels} csrc/cuda/emulator/emulator.cpp csrc/cuda/emulator/hopper.cpp)
+  set(GPTOSS_CUDA_SOURCES $<TARGET_OBJECTS:gptoss_cuda> csrc/cuda/emulator/emulator.cpp csrc/cuda/emulator/hopper.cpp
+    csrc/cuda/emulator/runtime.cpp)
 elseif(gptoss_cuda STREQUAL "OFF")
   message(STATUS "CUDA backend: none${gptoss_why}")
   set(GPTOSS_CUDA_KIND "none")
@@ -97,13 +90,33 @@ else()
   message(FATAL_ERROR "GPTOSS_CUDA must be AUTO, ON, OFF or EMULATE, not ${GPTOSS_CUDA}")
 endif()
 
+# An object library of CUDA sources: by nvcc, or by the C++ compiler for the emulator.
+function(gptoss_add_cuda_objects target)
+  add_library(${target} OBJECT ${ARGN})
+  target_include_directories(${target} PRIVATE csrc)
+  if(gptoss_cuda STREQUAL "EMULATE")
+    target_compile_definitions(${target} PRIVATE GPTOSS_CUDA_EMULATE)
+    target_link_libraries(${target} PRIVATE gptoss_warnings)
+    # No fusing that is not written out, as on the card.
+    target_compile_options(${target} PRIVATE -ffp-contract=off -Wno-unknown-pragmas)
+    set_source_files_properties(${ARGN} PROPERTIES LANGUAGE CXX COMPILE_OPTIONS -xc++)
+    return()
+  endif()
+  set_target_properties(${target} PROPERTIES CUDA_STANDARD 20 CUDA_STANDARD_REQUIRED ON CUDA_VISIBILITY_PRESET hidden)
+  set_property(TARGET ${target} PROPERTY CUDA_ARCHITECTURES ${gptoss_architectures})
+  # No fusing that is not written out: it could differ between two kernels that must give the same bits. And ptxas reports the
+  # registers, stack and spills of every kernel, in the build's output.
+  target_compile_options(${target} PRIVATE -fmad=false -lineinfo -Xptxas=-v $<$<BOOL:${GPTOSS_WERROR}>:-Werror=all-warnings>)
+endfunction()
+
+if(NOT gptoss_cuda STREQUAL "OFF")
+  gptoss_add_cuda_objects(gptoss_cuda ${gptoss_cuda_kernels})
+endif()
+
 function(gptoss_use_cuda target)
   if(gptoss_cuda STREQUAL "ON")
     target_link_libraries(${target} PRIVATE CUDA::cudart_static)  # a module that loads where there is no driver
   elseif(gptoss_cuda STREQUAL "EMULATE")
     target_compile_definitions(${target} PRIVATE GPTOSS_CUDA_EMULATE)
-    # No fusing that is not written out, as on the card.
-    set_source_files_properties(${gptoss_cuda_kernels} PROPERTIES LANGUAGE CXX
-      COMPILE_OPTIONS "-xc++;-ffp-contract=off;-Wno-unknown-pragmas")
   endif()
 endfunction()

@@ -19,6 +19,8 @@
 // The order of a sum is the tensor core's own, over all inputs, not the eighths of matmul.cu: a token's bits here differ from
 // those there, so they depend on how many tokens share the batch. BackendOptions::invariant switches this path off.
 //
+// The down product leaves each expert's outputs in memory; a kernel after it adds a token's, weighted, to the residual.
+//
 // Bytes: weights once a tile of tokens, tokens once a tile of rows, both mostly from the second-level cache. Operations: 2 rows
 // cols n.
 #include "cuda/hopper.cuh"
@@ -65,7 +67,7 @@ __device__ __forceinline__ int tile_count(const MatmulArgs& a, const Cut& cut) {
   return cut.row_tiles * (a.tiles ? *a.n_tiles : cut.token_tiles);
 }
 
-__device__ __forceinline__ Place find_place(const MatmulArgs& a, const Cut& cut, int index, int count) {
+__device__ __forceinline__ Place place_of(const MatmulArgs& a, const Cut& cut, int index, int count) {
   const int token_tiles = count / cut.row_tiles;
   const int row = cut.rows_are_next ? index % cut.row_tiles : index / token_tiles;
   const int token = cut.rows_are_next ? index / cut.row_tiles : index % token_tiles;
@@ -90,7 +92,7 @@ __device__ void copy_tiles(const MatmulArgs& a, const Cut& cut, const TensorMap*
   let_copies_read_global();  // the rows were written by ordinary stores of the kernels before
   const int groups = static_cast<int>(ceil_div(a.cols, 64)), count = tile_count(a, cut);
   for (int index = static_cast<int>(blockIdx.x); index < count; index += static_cast<int>(gridDim.x)) {
-    const TokenTile tile = find_place(a, cut, index, count).tokens;
+    const TokenTile tile = place_of(a, cut, index, count).tokens;
     const int boxes = (tile.n + Hopper::kBoxTokens - 1) / Hopper::kBoxTokens;
     for (int group = 0; group < groups; ++group, ++ring.used) {
       const uint32_t stage = ring.stage(ring.used), full = ring.full(ring.used);
@@ -128,8 +130,8 @@ struct Source {
   // Starts bringing the weights so many groups further on to the second-level cache.
   __device__ __forceinline__ void fetch(int groups) const {
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) prefetch_global(codes + (groups * kVectors + i) * kWarp);
-    if (kMxfp4) prefetch_global(scales + groups * 8);
+    for (int i = 0; i < kVectors; ++i) prefetch(codes + (groups * kVectors + i) * kWarp);
+    if (kMxfp4) prefetch(scales + groups * 8);
   }
 };
 
@@ -173,7 +175,7 @@ __device__ __forceinline__ void multiply(float (&acc)[kSums], const uint32_t (&f
 
 // A warp's 16 rows of a unit, through its part of shared memory, so that finish() is written once and not for every sum.
 template <bool kMxfp4, Epilogue kEpilogue>
-__device__ __forceinline__ void write_sums(const MatmulArgs& a, const TokenTile& tile, int64_t block, float* sums,
+__device__ __forceinline__ void write_sums(const MatmulArgs& a, const TokenTile& tile, int block, float* sums,
                                            const float (&acc)[kSums]) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, g = lane / 4, c = lane % 4;
   __syncwarp();  // the unit before has been read
@@ -185,10 +187,13 @@ __device__ __forceinline__ void write_sums(const MatmulArgs& a, const TokenTile&
   __syncwarp();
   constexpr float kTimes = kMxfp4 ? 4.f : 1.f;
   const int r = lane % 8;
+  const Bias bias = load_bias(a, tile.expert, block, r);
 #pragma unroll 4
-  for (int i = lane / 8; i < tile.n; i += kWarp / 8)
-    finish<kEpilogue, true>(a, tile, i, block, r, kTimes * sums[r * Hopper::kPitch + i],
+  for (int i = lane / 8; i < tile.n; i += kWarp / 8) {
+    const Before before = load_before<kEpilogue>(a, tile.first + i, block, r);
+    finish<kEpilogue, true>(a, tile, i, block, r, bias, before, kTimes * sums[r * Hopper::kPitch + i],
                             kTimes * sums[(r + 8) * Hopper::kPitch + i]);
+  }
 }
 
 // The rows of a warpgroup, 64 `units` of them from row 64 `unit` on; the ring's next stages. Two groups of products take turns:
@@ -258,7 +263,7 @@ __device__ __forceinline__ void multiply_tiles(const MatmulArgs& a, const Cut& c
   const int group = same(static_cast<int>(threadIdx.x) / 128), count = same(tile_count(a, cut));
   const int inputs = static_cast<int>(ceil_div(a.cols, 64)), units = static_cast<int>(ceil_div(a.rows, Hopper::kUnitRows));
   for (int index = static_cast<int>(blockIdx.x); index < count; index += static_cast<int>(gridDim.x)) {
-    Place place = find_place(a, cut, index, count);
+    Place place = place_of(a, cut, index, count);
     place.tokens.n = same(place.tokens.n);
     const int unit = (place.row_tile * Hopper::kGroups + group) * cut.units, left = units - unit;
     if (left > 0) {
@@ -317,15 +322,40 @@ __global__ void __launch_bounds__(Hopper::kThreads, 1)
 constexpr int kPackThreads = 128;
 
 // A block a row; a thread 8 inputs of the result at a time, as pairs: pair 4 i + c of a block of 32 comes from pair 4 c + i.
-__global__ void __launch_bounds__(kPackThreads) pack_kernel(Rounded packed, Rounded x, const int32_t* slots, int32_t gather) {
+__global__ void __launch_bounds__(kPackThreads)
+    pack_kernel(Rounded packed, Rounded x, const int32_t* slots, int32_t gather, const int32_t* n_rows) {
   let_next_start();
   wait_for_previous();
-  const int64_t row = blockIdx.x, source = gather ? slots[row] / gather : row;
+  const int64_t row = blockIdx.x;
+  if (gather && n_rows && row >= int64_t{*n_rows} * gather) return;
+  const int64_t source = gather ? slots[row] / gather : row;
   const uint32_t* in = reinterpret_cast<const uint32_t*>(x.data + source * x.stride);
   uint4* out = reinterpret_cast<uint4*>(packed.data + row * packed.stride);
   for (int64_t v = threadIdx.x; v < packed.stride / 8; v += kPackThreads) {
     const uint32_t* pairs = in + v / 4 * 16 + v % 4;
     out[v] = {pairs[0], pairs[4], pairs[8], pairs[12]};
+  }
+}
+
+constexpr int kCombineThreads = 256;
+
+// The experts' outputs, weighted, best first, onto the residual. A block a token, a thread 4 outputs at a time.
+__global__ void __launch_bounds__(kCombineThreads) combine_kernel(MatmulArgs a) {
+  let_next_start();
+  wait_for_previous();
+  const int64_t token = blockIdx.x, quads = a.rows / 4;
+  if (a.n_rows && token >= *a.n_rows) return;
+  const float4* parts = reinterpret_cast<const float4*>(a.parts) + token * a.choices * quads;
+  float4* out = reinterpret_cast<float4*>(a.out) + token * quads;
+  for (int64_t i = threadIdx.x; i < quads; i += kCombineThreads) {
+    float4 sum = {0, 0, 0, 0};
+    for (int j = 0; j < a.choices; ++j) {
+      const float share = a.shares[token * a.choices + j];
+      const float4 part = parts[j * quads + i];
+      sum = {fmaf(share, part.x, sum.x), fmaf(share, part.y, sum.y), fmaf(share, part.z, sum.z), fmaf(share, part.w, sum.w)};
+    }
+    const float4 before = out[i];
+    out[i] = {before.x + sum.x, before.y + sum.y, before.z + sum.z, before.w + sum.w};
   }
 }
 
@@ -356,22 +386,10 @@ Cut choose_cut(const MatmulArgs& a, bool mxfp4, int multiprocessors) {
 template <bool kMxfp4, Epilogue kEpilogue>
 void start(const MatmulArgs& a, int multiprocessors, cudaStream_t stream) {
   const Cut cut = choose_cut(a, kMxfp4, multiprocessors);
-  const int64_t tiles = int64_t{cut.row_tiles} * cut.token_tiles;
+  const int64_t tiles = int64_t{cut.row_tiles} * cut.token_tiles, inputs = a.tiles ? a.n * a.choices : a.n;
   const Launch l{dim3(static_cast<unsigned>(std::min<int64_t>(tiles, multiprocessors))), dim3(Hopper::kThreads),
                  Hopper::kSharedBytes, stream};
-  launch(l, hopper_kernel<kMxfp4, kEpilogue>, a, cut, make_tensor_map(a.x.data, a.n, a.x.stride, Hopper::kBoxTokens));
-}
-
-template <bool kMxfp4>
-void start(const MatmulArgs& a, Epilogue epilogue, int multiprocessors, cudaStream_t stream) {
-  switch (epilogue) {
-    case Epilogue::kStore:
-      return start<kMxfp4, Epilogue::kStore>(a, multiprocessors, stream);
-    case Epilogue::kAdd:
-      return start<kMxfp4, Epilogue::kAdd>(a, multiprocessors, stream);
-    case Epilogue::kSwiglu:
-      return start<kMxfp4, Epilogue::kSwiglu>(a, multiprocessors, stream);
-  }
+  launch(l, hopper_kernel<kMxfp4, kEpilogue>, a, cut, make_tensor_map(a.x.data, inputs, a.x.stride, Hopper::kBoxTokens));
 }
 
 }  // namespace
@@ -380,12 +398,27 @@ bool hopper_pays(int64_t tokens, int64_t matrices) {
   return tokens >= (matrices == 1 ? int64_t{Hopper::kMinTokens} : matrices * Hopper::kMinTokensOfExpert);
 }
 
-void hopper_pack(Rounded packed, Rounded x, const int32_t* slots, int32_t gather, int64_t n, cudaStream_t stream) {
-  launch({dim3(static_cast<unsigned>(n)), dim3(kPackThreads), 0, stream}, pack_kernel, packed, x, slots, gather);
+void hopper_pack(Rounded packed, Rounded x, const int32_t* slots, int32_t gather, const int32_t* n_rows, int64_t n,
+                 cudaStream_t stream) {
+  launch({dim3(static_cast<unsigned>(n)), dim3(kPackThreads), 0, stream}, pack_kernel, packed, x, slots, gather, n_rows);
 }
 
 void hopper_matmul(const MatmulArgs& args, bool mxfp4, Epilogue epilogue, int multiprocessors, cudaStream_t stream) {
-  mxfp4 ? start<true>(args, epilogue, multiprocessors, stream) : start<false>(args, epilogue, multiprocessors, stream);
+  check_epilogue(epilogue, mxfp4);
+  switch (epilogue) {
+    case Epilogue::kStore:
+      return mxfp4 ? start<true, Epilogue::kStore>(args, multiprocessors, stream)
+                   : start<false, Epilogue::kStore>(args, multiprocessors, stream);
+    case Epilogue::kAdd:
+      return start<false, Epilogue::kAdd>(args, multiprocessors, stream);
+    case Epilogue::kSwiglu:
+      return start<true, Epilogue::kSwiglu>(args, multiprocessors, stream);
+    case Epilogue::kRope:
+      return start<false, Epilogue::kRope>(args, multiprocessors, stream);
+    case Epilogue::kCombine:
+      start<true, Epilogue::kCombine>(args, multiprocessors, stream);
+      launch({dim3(static_cast<unsigned>(args.n)), dim3(kCombineThreads), 0, stream}, combine_kernel, args);
+  }
 }
 
 }  // namespace gptoss::cuda

@@ -96,15 +96,6 @@ __device__ __forceinline__ void stop_kernel() {
 #endif
 }
 
-// Brings the cache line of this address to the second-level cache.
-__device__ __forceinline__ void prefetch_global(const void* address) {
-#ifndef GPTOSS_CUDA_EMULATE
-  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
-#else
-  static_cast<void>(address);
-#endif
-}
-
 // ----------------------------------------------------------------------------------------------------------- barriers
 
 inline constexpr int kBarrierBytes = 8;

@@ -1,9 +1,15 @@
 // What the matrix kernels for every card (matmul.cu) and those for Hopper (hopper.cu) share: a lane's weights, their decoding,
 // and what is done with a finished sum.
 #pragma once
-#include "cuda/kernels.h"
+#include "cuda/rope.cuh"
 
 namespace gptoss::cuda {
+
+inline void check_epilogue(Epilogue epilogue, bool mxfp4) {
+  const bool bf16 = epilogue == Epilogue::kAdd || epilogue == Epilogue::kRope;
+  CHECK(epilogue == Epilogue::kStore || mxfp4 != bf16, "no product of ", mxfp4 ? "MXFP4" : "bfloat16",
+        " weights ends like this");
+}
 
 // One lane's weights of 16 rows x 64 inputs.
 template <bool kMxfp4>
@@ -40,29 +46,58 @@ __device__ __forceinline__ int64_t packed_place(int64_t i) {
   return (i & ~int64_t{31}) + i % 8 / 4 * 16 + i % 4 / 2 * 8 + i % 32 / 8 * 2 + i % 2;
 }
 
+// What the outputs of rows r and r + 8 of a block of 16 need besides their sums. Loaded before the sums are there, which hides
+// the way to memory.
+struct Bias {
+  float low = 0, high = 0;
+};
+__device__ __forceinline__ Bias load_bias(const MatmulArgs& a, int expert, int block, int r) {
+  const int low = source_row(a.order, block, r), high = source_row(a.order, block, r + 8);
+  const float* bias = a.bias + int64_t{expert} * a.rows;
+  return {a.bias && low < a.rows ? bias[low] : 0.f, a.bias && high < a.rows ? bias[high] : 0.f};
+}
+
+// The same of one token; what a kernel before this one wrote.
+struct Before {
+  float low = 0, high = 0;  // kAdd: the residual
+  RopePlace place{};        // kRope
+};
+template <Epilogue kEpilogue>
+__device__ __forceinline__ Before load_before(const MatmulArgs& a, int token, int block, int r) {
+  Before before;
+  if constexpr (kEpilogue == Epilogue::kAdd) {
+    const int low = source_row(a.order, block, r), high = source_row(a.order, block, r + 8);
+    if (low < a.rows) before.low = a.out[int64_t{token} * a.rows + low];
+    if (high < a.rows) before.high = a.out[int64_t{token} * a.rows + high];
+  } else if constexpr (kEpilogue == Epilogue::kRope) {
+    before.place = find_place(a.rope, token, block % 4 * 8 + r);
+  }
+  return before;
+}
+
 // The sums of rows r and r + 8 of a block of 16, for token i of the tile. kPacked: hidden is for hopper.cu.
 template <Epilogue kEpilogue, bool kPacked = false>
-__device__ __forceinline__ void finish(const MatmulArgs& a, const TokenTile& tile, int i, int64_t block, int r, float low,
-                                       float high) {
-  const int64_t to = a.scatter ? a.slots[tile.first + i] : tile.first + i;
-  const float* bias = a.bias ? a.bias + tile.expert * a.rows : nullptr;
+__device__ __forceinline__ void finish(const MatmulArgs& a, const TokenTile& tile, int i, int block, int r, Bias bias,
+                                       const Before& before, float low, float high) {
+  low += bias.low;
+  high += bias.high;
   if constexpr (kEpilogue == Epilogue::kSwiglu) {
-    const int64_t p = block * 8 + r;
+    const int p = block * 8 + r;
     if (p >= a.rows / 2) return;
-    float gate = low + bias[2 * p], up = high + bias[2 * p + 1];
-    gate = gate > a.limit ? a.limit : gate;  // a NaN stays one
-    up = up > a.limit ? a.limit : up < -a.limit ? -a.limit : up;
+    const float gate = low > a.limit ? a.limit : low;  // a NaN stays one
+    const float up = high > a.limit ? a.limit : high < -a.limit ? -a.limit : high;
     const float value = gate / (1.f + expf(-1.702f * gate)) * (up + 1.f);
-    a.hidden.data[to * a.hidden.stride + (kPacked ? packed_place(p) : p)] = static_cast<uint16_t>(pack_bf16(value, 0.f));
+    a.hidden.data[(tile.first + i) * a.hidden.stride + (kPacked ? packed_place(p) : p)] =
+        static_cast<uint16_t>(pack_bf16(value, 0.f));
+  } else if constexpr (kEpilogue == Epilogue::kRope) {
+    const int head = block / 4, pair = block % 4 * 8 + r;
+    append_pair(a.rope, before.place, tile.first + i, head, pair, low, high);
   } else {
-    for (int half = 0; half < 2; ++half) {
-      const int64_t m = block * 16 + half * 8 + r;
-      if (m >= a.rows) return;
-      float value = half ? high : low;
-      if (bias) value += bias[m];
-      float* out = a.out + to * a.rows + m;
-      *out = kEpilogue == Epilogue::kAdd ? *out + value : value;
-    }
+    const int low_row = source_row(a.order, block, r), high_row = source_row(a.order, block, r + 8);
+    float* out =
+        kEpilogue == Epilogue::kCombine ? a.parts + a.slots[tile.first + i] * a.rows : a.out + (tile.first + i) * a.rows;
+    if (low_row < a.rows) out[low_row] = kEpilogue == Epilogue::kAdd ? before.low + low : low;
+    if (high_row < a.rows) out[high_row] = kEpilogue == Epilogue::kAdd ? before.high + high : high;
   }
 }
 

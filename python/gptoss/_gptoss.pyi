@@ -100,6 +100,7 @@ class Core:
     device: Final[str]
     max_context: Final[int]
     max_batch_tokens: Final[int]
+    max_sequences: Final[int]
 
     def __init__(
         self,
@@ -108,8 +109,13 @@ class Core:
         threads: int = 0,
         max_context: int = 0,
         max_batch_tokens: int = 512,
+        max_sequences: int = 0,
+        invariant: bool = False,
     ) -> None:
-        """0 means the default. Weights come by `load_tensor`, then `finish_loading`."""
+        """0 means the default. Takes all memory; RuntimeError with the numbers if it is too little.
+
+        Weights come by `load_tensor`, then `finish_loading`.
+        """
 
     def load_tensor(self, name: str, tensor: DLPackTensor) -> None:
         """Copy in one tensor, named as in either layout. ValueError: wrong name, shape or dtype."""
@@ -131,7 +137,8 @@ class Core:
             items: (sequence, tokens appended to it, want, sampler). want is 0 for nothing, 1 for
                 the logits of the last token, 2 for those of all. A sampler (want 1) draws the next
                 token from them; it is recorded in the sampler and not appended to the sequence. No
-                sequence may come twice, and all tokens together are at most `max_batch_tokens`.
+                sequence may come twice; they are at most `max_sequences`, and all tokens together
+                at most `max_batch_tokens`.
             logits: float32 [wanted rows, vocab_size], filled in the order of the items.
 
         Returns:
@@ -276,7 +283,57 @@ class Ops:
         bias f32 [E, 2I]; down blocks u8 [E, H, I/32, 16], scales u8 [E, H, I/32], bias f32 [E, H].
         """
 
+    def qkv_attention(
+        self,
+        out: DLPackTensor,
+        q: DLPackTensor,
+        x: DLPackTensor,
+        norm: DLPackTensor,
+        eps: float,
+        weight: DLPackTensor,
+        bias: DLPackTensor,
+        positions: DLPackTensor,
+        sequence_lengths: list[int],
+        sinks: DLPackTensor,
+        window: int,
+        config: Config,
+        chunk: int,
+        fused: bool,
+    ) -> None:
+        """`attention` of qkv = rmsnorm(x f32 [n, H], norm f32 [H]) weight bf16 [M, H]^T + bias.
+
+        Also writes the rotated queries, q f32 [n, n_heads * 64]. By the fused operation, or by the
+        narrow ones one after the other.
+        """
+
+    def mlp(
+        self,
+        x: DLPackTensor,
+        t: DLPackTensor,
+        ids: DLPackTensor,
+        weights: DLPackTensor,
+        norm: DLPackTensor,
+        eps: float,
+        router: DLPackTensor,
+        router_bias: DLPackTensor,
+        experts: list[DLPackTensor],
+        limit: float,
+        fused: bool,
+        padding: int = 0,
+    ) -> None:
+        """x f32 [n, H] += `moe` of t = rmsnorm(x, norm f32 [H]) by its `route`, all written.
+
+        experts: gate_up blocks, scales, bias, down blocks, scales, bias. By the fused operation for
+        norm and route, or by the narrow ones one after the other. The last `padding` rows only fill
+        up the batch (CUDA): their ids are E, and their x stays.
+        """
+
     def mxfp4_linear(
         self, out: DLPackTensor, x: DLPackTensor, blocks: DLPackTensor, scales: DLPackTensor
     ) -> None:
         """out f32 [n, M] = bf16(x f32 [n, K]) W^T; blocks u8 [M, K/32, 16], scales u8 [M, K/32]."""
+
+    def sample(
+        self, logits: DLPackTensor, samplers: list[Sampler], positions: list[int]
+    ) -> list[Sample]:
+        """A token of each row of logits f32 [n, V]; the logits are left as they were."""

@@ -100,7 +100,8 @@ class Engine:
     ) -> None:
         self._core: _gptoss.Core | None = core
         self.tokenizer = tokenizer
-        self.max_sequences = min(max_sequences, core.max_batch_tokens)  # every decode fits one step
+        # Every decode fits one step.
+        self.max_sequences = min(max_sequences, core.max_batch_tokens, core.max_sequences)
 
     @property
     def core(self) -> _gptoss.Core:

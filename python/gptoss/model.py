@@ -23,6 +23,7 @@ Prompt = str | Sequence[int]
 """Text, or token ids: a list, a tuple, or a one-dimensional integer array or tensor."""
 
 _MAX_THREADS = 1024
+_MAX_SEQUENCES = 65536
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +74,8 @@ class Model:
         device: str = "auto",
         *,
         max_context: int | None = None,
+        max_sequences: int | None = None,
+        invariant: bool = False,
         threads: int | None = None,
         progress: bool = True,
     ) -> Model:
@@ -82,6 +85,10 @@ class Model:
             path: the directory (or, with the extra `hub`, a repository id).
             device: "cpu", "cuda", "cuda:N", or "auto": CUDA where this build and machine have it.
             max_context: most tokens of prompt and answer together; None for what the config allows.
+            max_sequences: most sequences in one step and in the cache; None for as many as memory
+                allows, at most 256. With `max_context`, all of them fit at their longest.
+            invariant: results must be bit-identical over batch composition and prompt cuts, on
+                CUDA at some cost. The CPU's always are.
             threads: CPU threads, 1 to 1024; None for OMP_NUM_THREADS, or else as many processors as
                 the process's affinity and its cgroup's quota allow.
             progress: show a progress bar on stderr.
@@ -90,11 +97,15 @@ class Model:
             FileNotFoundError: no checkpoint at `path`.
             ValueError: an argument, the config or a tensor is not as it must be; the message names
                 it.
-            RuntimeError: the device is not available.
+            RuntimeError: the device is not available, or its memory is too small; nothing has been
+                read then.
         """
         device = _device(device)
         max_context = _optional_count("max_context", max_context, 2**31 - 1)
+        max_sequences = _optional_count("max_sequences", max_sequences, _MAX_SEQUENCES)
         threads = _optional_count("threads", threads, _MAX_THREADS)
+        if not isinstance(invariant, bool):
+            raise ValueError(f"invariant must be True or False, not {invariant!r}")
 
         from .checkpoint import open_checkpoint
 
@@ -106,7 +117,12 @@ class Model:
 
             tokenizer = Tokenizer.from_file(checkpoint.tokenizer_path)
         core = _gptoss.Core(
-            checkpoint.config, device=device, threads=threads or 0, max_context=max_context or 0
+            checkpoint.config,
+            device=device,
+            threads=threads or 0,
+            max_context=max_context or 0,
+            max_sequences=max_sequences or 0,
+            invariant=invariant,
         )
         checkpoint.load_into(core, progress)
         core.finish_loading()

@@ -1,9 +1,10 @@
-// Fibers, their scheduler, and the runtime calls that need more than a line. See emulator.h.
+// Fibers and their scheduler. See emulator.h.
 #include "cuda/emulator/emulator.h"
 
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
+#include <mutex>
 #include <numeric>
 #include <random>
 #include <vector>
@@ -159,6 +160,8 @@ uint32_t seed() {
 }  // namespace
 
 void launch(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& kernel) {
+  static std::mutex one_at_a_time;  // threads of the host take turns
+  const std::lock_guard lock(one_at_a_time);
   const int threads = static_cast<int>(size.x);
   CHECK(size.y == 1 && size.z == 1 && threads % 32 == 0 && threads >= 32 && threads <= 1024, "emulator: a block of ", threads,
         " threads");
@@ -269,34 +272,4 @@ unsigned __ballot_sync(unsigned, int predicate) {
     for (int i = 0; i < 32; ++i) static_cast<Vote*>(lanes[i])->result = votes;
   });
   return mine.result;
-}
-
-const char* cudaGetErrorString(cudaError_t error) {
-  if (error == cudaErrorMemoryAllocation) return "out of memory";
-  return error == cudaErrorInvalidDevice ? "invalid device ordinal" : "no error";
-}
-
-cudaError_t cudaMalloc(void** pointer, size_t bytes) {
-  *pointer = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
-  return *pointer ? cudaSuccess : cudaErrorMemoryAllocation;
-}
-cudaError_t cudaFree(void* pointer) {
-  std::free(pointer);
-  return cudaSuccess;
-}
-cudaError_t cudaMallocHost(void** pointer, size_t bytes) { return cudaMalloc(pointer, bytes); }
-cudaError_t cudaFreeHost(void* pointer) { return cudaFree(pointer); }
-
-cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
-  const char* text = std::getenv("GPTOSS_EMULATOR_MEMORY");
-  *free = *total = text ? std::strtoull(text, nullptr, 10) : size_t{640} << 20;
-  return cudaSuccess;
-}
-
-cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
-  if (device != 0) return cudaErrorInvalidDevice;
-  const char* text = std::getenv("GPTOSS_EMULATOR_SM");
-  const int version = text ? std::atoi(text) : 80;
-  *properties = {"host emulator", version / 10, version % 10, 4, 227u << 10};
-  return cudaSuccess;
 }

@@ -10,8 +10,7 @@
 //   - a kernel with a thread that never waits for the kernel before it (wait_for_previous) is an error;
 //   - device allocations are separate heap blocks, so AddressSanitizer sees an access out of bounds;
 //   - asynchronous copies to shared memory happen as late as they may: when they are waited for.
-// Streams run at once, so stream order holds and events need no state. Only what the kernels use is here: warp collectives of
-// all 32 lanes, blocks of whole warps.
+// Only what the kernels use is here: warp collectives of all 32 lanes, blocks of whole warps. The runtime is in runtime.h.
 #pragma once
 #include <cmath>
 #include <cstddef>
@@ -125,7 +124,16 @@ unsigned __ballot_sync(unsigned, int predicate);
 inline int __any_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }
 inline int __all_sync(unsigned mask, int predicate) { return __ballot_sync(mask, predicate) == 0xffffffffu; }
 inline int __popc(unsigned value) { return __builtin_popcount(value); }
-inline int atomicAdd(int* address, int value) { return std::exchange(*address, *address + value); }
+inline int __ffs(unsigned value) { return __builtin_ffs(static_cast<int>(value)); }
+inline int __clz(int value) { return value == 0 ? 32 : __builtin_clz(static_cast<unsigned>(value)); }
+template <class T>
+T atomicAdd(T* address, T value) {
+  return std::exchange(*address, *address + value);
+}
+inline unsigned atomicInc(unsigned* address, unsigned last) {  // back to 0 after `last`
+  return std::exchange(*address, *address >= last ? 0 : *address + 1);
+}
+inline void __threadfence() {}
 inline float __uint_as_float(uint32_t bits) {
   float value;
   std::memcpy(&value, &bits, 4);
@@ -136,51 +144,3 @@ inline uint32_t __float_as_uint(float value) {
   std::memcpy(&bits, &value, 4);
   return bits;
 }
-
-// --- runtime ----------------------------------------------------------------------------------------------------------
-using cudaError_t = int;
-using cudaStream_t = struct EmulatedStream*;
-using cudaEvent_t = struct EmulatedEvent*;
-inline constexpr cudaError_t cudaSuccess = 0, cudaErrorMemoryAllocation = 2, cudaErrorInvalidDevice = 101;
-enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost, cudaMemcpyDeviceToDevice };
-struct cudaDeviceProp {
-  char name[64];
-  int major, minor, multiProcessorCount;
-  size_t sharedMemPerBlockOptin;
-};
-inline constexpr unsigned cudaStreamNonBlocking = 1, cudaEventDisableTiming = 2;
-
-const char* cudaGetErrorString(cudaError_t error);
-cudaError_t cudaMalloc(void** pointer, size_t bytes);
-cudaError_t cudaFree(void* pointer);
-cudaError_t cudaMallocHost(void** pointer, size_t bytes);
-cudaError_t cudaFreeHost(void* pointer);
-cudaError_t cudaMemGetInfo(size_t* free, size_t* total);  // GPTOSS_EMULATOR_MEMORY bytes, always; 640 MiB where it is not set
-cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device);  // sm_80, or sm_$GPTOSS_EMULATOR_SM
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
-  std::memcpy(to, from, bytes);
-  return cudaSuccess;
-}
-inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
-  std::memset(to, value, bytes);
-  return cudaSuccess;
-}
-inline cudaError_t cudaGetDeviceCount(int* n) {
-  *n = 1;
-  return cudaSuccess;
-}
-inline cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
-inline cudaError_t cudaGetLastError() { return cudaSuccess; }
-inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
-  *stream = nullptr;
-  return cudaSuccess;
-}
-inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
-  *event = nullptr;
-  return cudaSuccess;
-}
-inline cudaError_t cudaEventDestroy(cudaEvent_t) { return cudaSuccess; }
-inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t) { return cudaSuccess; }
-inline cudaError_t cudaEventSynchronize(cudaEvent_t) { return cudaSuccess; }

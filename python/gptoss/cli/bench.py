@@ -12,7 +12,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .options import Checkpoint, Device, Json, MaxContext, Quiet, Threads, integers, show_progress
+from .options import (
+    Checkpoint,
+    Device,
+    Json,
+    MaxContext,
+    MaxSequences,
+    Quiet,
+    Threads,
+    integers,
+    show_progress,
+)
 
 if TYPE_CHECKING:
     from .._gptoss import Core
@@ -44,6 +54,7 @@ def bench(
     device: Device = "auto",
     threads: Threads = None,
     max_context: MaxContext = None,
+    max_sequences: MaxSequences = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -59,7 +70,12 @@ def bench(
     from ..model import Model
 
     with Model.load(
-        path, device, max_context=max_context, threads=threads, progress=show_progress(quiet)
+        path,
+        device,
+        max_context=max_context,
+        max_sequences=max_sequences,
+        threads=threads,
+        progress=show_progress(quiet),
     ) as model:
         longest = max(n_context + n_prompt for n_context, n_prompt in cases) + decode
         if longest > model.max_context:

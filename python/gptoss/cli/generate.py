@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from ..sampling import SamplingParams
-from .options import Checkpoint, Device, Json, MaxContext, Quiet, Threads, integers, show_progress
+from .options import (
+    Checkpoint,
+    Device,
+    Json,
+    MaxContext,
+    MaxSequences,
+    Quiet,
+    Threads,
+    integers,
+    show_progress,
+)
 
 if TYPE_CHECKING:
     from ..engine import Timings
@@ -71,6 +81,7 @@ def generate(
     device: Device = "auto",
     threads: Threads = None,
     max_context: MaxContext = None,
+    max_sequences: MaxSequences = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -102,7 +113,12 @@ def generate(
     from ..model import Model
 
     with Model.load(
-        path, device, max_context=max_context, threads=threads, progress=show_progress(quiet)
+        path,
+        device,
+        max_context=max_context,
+        max_sequences=max_sequences,
+        threads=threads,
+        progress=show_progress(quiet),
     ) as model:
         if as_json:
             print(json.dumps(dataclasses.asdict(model.generate(given, params))))

@@ -21,6 +21,12 @@ MaxContext = Annotated[
         help="Most tokens of prompt and answer; default: the model's.", show_default=False
     ),
 ]
+MaxSequences = Annotated[
+    int | None,
+    typer.Option(
+        help="Most sequences at a time; default: as memory allows, at most 256.", show_default=False
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no statistics.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 OutputDirectory = Annotated[Path, typer.Argument(metavar="OUT", help="Directory to make.")]
