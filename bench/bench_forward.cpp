@@ -34,7 +34,7 @@ std::vector<int64_t> numbers(const std::string& text) {
 // The limits of the machine that a model runs on.
 class Limiter {
  public:
-  explicit Limiter(const Backend& backend) : isa_(backend.isa()) {
+  Limiter(const Backend& backend, Precision precision) : isa_(backend.isa()), int8_(precision == Precision::kFast) {
     const std::string device = backend.device();
     if (device.rfind("cuda:", 0) == 0) {
       const CudaLimits card = measure_cuda(card_of(device));
@@ -45,12 +45,13 @@ class Limiter {
     }
   }
   const Limits& measure() {
-    if (pool_) limits_ = measure_limits(*pool_, *reader_, isa_);
+    if (pool_) limits_ = measure_limits(*pool_, *reader_, isa_, int8_);
     return limits_;
   }
 
  private:
   std::string isa_;
+  bool int8_;
   Limits limits_;
   std::unique_ptr<cpu::ThreadPool> pool_;
   std::unique_ptr<MemoryReader> reader_;
@@ -102,7 +103,7 @@ struct Bench {
     StepCost cost;
     for (int64_t done = 0, now = 0; done < n; done += now) {
       now = std::min(n - done, model->max_batch_tokens());
-      const StepCost step = step_cost(model->config(), now, 1, done, done + now == n);
+      const StepCost step = step_cost(model->config(), now, 1, done, done + now == n, model->precision());
       cost = {cost.bytes + step.bytes, cost.flops + step.flops};
     }
     row("prompt", n, 1, static_cast<double>(n), median(times), cost, limits);
@@ -124,7 +125,7 @@ struct Bench {
       if (i >= 2) times.push_back(seconds);  // two to warm up
     }
     row("decode", context, batch, static_cast<double>(batch), median(times),
-        step_cost(model->config(), batch, batch, context + steps / 2, batch), limits);
+        step_cost(model->config(), batch, batch, context + steps / 2, batch, model->precision()), limits);
   }
 
   void row(const char* what, int64_t context, int64_t batch, double tokens, double seconds, const StepCost& cost,
@@ -133,12 +134,14 @@ struct Bench {
     if (json)
       std::printf(
           "{\"bench\": \"%s\", \"shape\": \"%s\", \"layers\": %ld, \"tokens\": %ld, \"batch\": %ld, \"device\": \"%s\", "
-          "\"isa\": \"%s\", \"threads\": %d, \"tokens_per_second\": %.3f, \"seconds\": %.6f, \"gb_per_s\": %.3f, "
+          "\"isa\": \"%s\", \"precision\": \"%s\", \"threads\": %d, \"tokens_per_second\": %.3f, \"seconds\": %.6f, "
+          "\"gb_per_s\": %.3f, "
           "\"gflop_per_s\": %.3f, \"limit_gb_per_s\": %.3f, \"limit_gflop_per_s\": %.3f, \"percent\": %.2f}\n",
           what, shape.c_str(), static_cast<long>(model->config().n_layers), static_cast<long>(context),
           static_cast<long>(batch), model->backend().device().c_str(), model->backend().isa().c_str(),
-          model->backend().threads(), tokens / seconds, seconds, 1e-9 * cost.bytes / seconds, 1e-9 * cost.flops / seconds,
-          1e-9 * limits.bytes_per_second, 1e-9 * limits.dot_flops, percent);
+          precision_name(model->precision()), model->backend().threads(), tokens / seconds, seconds,
+          1e-9 * cost.bytes / seconds, 1e-9 * cost.flops / seconds, 1e-9 * limits.bytes_per_second, 1e-9 * limits.dot_flops,
+          percent);
     else
       std::printf("%-7s %6ld tokens  batch %-3ld %10.2f tok/s %10.2f ms %8.1f GB/s %10.1f GFLOP/s %6.1f%% of the limit\n", what,
                   static_cast<long>(context), static_cast<long>(batch), tokens / seconds, seconds * 1e3,
@@ -148,9 +151,10 @@ struct Bench {
 };
 
 int run(int argc, char** argv) {
-  std::map<std::string, std::string> options = {{"shape", "20b"}, {"layers", "0"},  {"prompt", "512"}, {"decode", "32"},
-                                                {"context", "0"}, {"batch", "1"},   {"threads", "0"},  {"device", "cpu"},
-                                                {"isa", ""},      {"repeats", "3"}, {"json", ""},      {"step", "512"}};
+  std::map<std::string, std::string> options = {{"shape", "20b"},      {"layers", "0"},  {"prompt", "512"}, {"decode", "32"},
+                                                {"context", "0"},      {"batch", "1"},   {"threads", "0"},  {"device", "cpu"},
+                                                {"isa", ""},           {"repeats", "3"}, {"json", ""},      {"step", "512"},
+                                                {"precision", "exact"}};
   for (int i = 1; i < argc; ++i) {
     const std::string name = std::strncmp(argv[i], "--", 2) == 0 ? argv[i] + 2 : "";
     CHECK(options.count(name), "unknown option ", argv[i]);
@@ -164,10 +168,11 @@ int run(int argc, char** argv) {
   ModelOptions model_options;
   model_options.backend = {options["device"], std::atoi(options["threads"].c_str()), options["isa"],
                            numbers(options["step"]).at(0)};
+  model_options.backend.precision = precision_of(options["precision"]);
   const auto start = Clock::now();
   Bench bench{random_model(preset(options["shape"], numbers(options["layers"]).at(0)), model_options), options["shape"],
               !options["json"].empty(), nullptr};
-  bench.limiter = std::make_unique<Limiter>(bench.model->backend());
+  bench.limiter = std::make_unique<Limiter>(bench.model->backend(), bench.model->precision());
   if (!bench.json) std::printf("random weights made in %.1f s\n", seconds_since(start));
   for (int64_t n : numbers(options["prompt"]))
     if (n > 0) bench.prompt(n, numbers(options["repeats"]).at(0));

@@ -1,6 +1,7 @@
 // Every operation of the backend, at the shapes of 20b and 120b, for 1 to 512 tokens, with each instruction set.
 //
 //   bench_ops --benchmark_filter='moe_add/20b.*avx512bf16' --benchmark_format=json
+//   bench_ops --precision=fast --benchmark_filter='linear.*tokens:512'
 //   OMP_NUM_THREADS=1 bench_ops --benchmark_filter='linear_qkv.*tokens:(1|512)/'
 //
 // `percent` is of the larger of two limits, the time to move the operation's bytes and the time to do its arithmetic, both
@@ -24,14 +25,14 @@ cpu::ThreadPool& pool() {
 }
 
 // The machine's limits for one instruction set, not older than ten seconds: neighbours come and go.
-const Limits& limits_of(const std::string& isa) {
+const Limits& limits_of(const std::string& isa, Precision precision) {
   static MemoryReader reader(true);
   static Limits limits;
   static std::string measured;
   static std::chrono::steady_clock::time_point when;
   const auto now = std::chrono::steady_clock::now();
   if (measured == isa && now - when < std::chrono::seconds(10)) return limits;
-  limits = measure_limits(pool(), reader, isa);
+  limits = measure_limits(pool(), reader, isa, precision == Precision::kFast);
   measured = isa;
   when = std::chrono::steady_clock::now();
   return limits;
@@ -44,7 +45,11 @@ Operation& operation_of(const std::string& name, const Case& c) {
   static std::string current;
   if (current == name) return *operation;
   operation.reset();
-  if (!backend || backend->isa() != c.isa) backend = make_cpu_backend({"cpu", pool().size(), c.isa, kMaxTokens});
+  if (!backend || backend->isa() != c.isa) {
+    BackendOptions options{"cpu", pool().size(), c.isa, kMaxTokens};
+    options.precision = c.precision;
+    backend = make_cpu_backend(options);
+  }
   operation = std::make_unique<Operation>(*backend, pool(), c);
   current = name;
   return *operation;
@@ -52,7 +57,7 @@ Operation& operation_of(const std::string& name, const Case& c) {
 
 void run_case(benchmark::State& state, const std::string& name, const Case& c) {
   Operation& operation = operation_of(name, c);
-  const Limits limits = limits_of(c.isa);
+  const Limits limits = limits_of(c.isa, c.precision);
   operation.run();
   std::vector<double> times;
   for (auto _ : state) times.push_back(seconds_of([&] { operation.run(); }));
@@ -68,8 +73,10 @@ void run_case(benchmark::State& state, const std::string& name, const Case& c) {
   state.counters["limit_GFLOP/s"] = 1e-9 * limits.dot_flops;
 }
 
-void add(const Case& c) {
+void add(Case c, Precision precision) {
+  c.precision = precision;
   std::string name = c.op + "/" + c.shape + "/" + c.isa;
+  if (precision != Precision::kExact) name += std::string("/precision:") + precision_name(precision);
   if (c.op == "attention") {
     name += "/context:" + std::to_string(c.context) + "/window:" + std::to_string(c.window);
     name += "/sequences:" + std::to_string(c.sequences);
@@ -80,18 +87,18 @@ void add(const Case& c) {
       ->Unit(benchmark::kMicrosecond);
 }
 
-void register_all() {
+void register_all(Precision precision) {
   for (const std::string& isa : cpu::supported_isas())
     for (const std::string shape : {"20b", "120b"}) {
       const std::vector<int64_t> counts = {1, 2, 8, 32, 128, kMaxTokens};
       for (const std::string op : {"linear_qkv", "linear_o", "unembedding", "moe_add", "rmsnorm", "route"})
         for (int64_t n : counts)
-          if (op != "unembedding" || n <= kMaxLogitRows) add({op, shape, isa, n});
-      for (int64_t n : counts) add({"rope_append", shape, isa, n, 1, 2048});
+          if (op != "unembedding" || n <= kMaxLogitRows) add({op, shape, isa, n}, precision);
+      for (int64_t n : counts) add({"rope_append", shape, isa, n, 1, 2048}, precision);
       for (auto [context, window] : {std::pair{128, 0}, {2048, 0}, {8192, 0}, {8192, 128}})
         for (int64_t n : counts) {
-          add({"attention", shape, isa, n, 1, context, window});
-          if (n > 1 && n <= 32) add({"attention", shape, isa, n, n, context, window});
+          add({"attention", shape, isa, n, 1, context, window}, precision);
+          if (n > 1 && n <= 32) add({"attention", shape, isa, n, n, context, window}, precision);
         }
     }
 }
@@ -101,9 +108,15 @@ void register_all() {
 
 int main(int argc, char** argv) {
   benchmark::Initialize(&argc, argv);
+  std::string precision = "exact";
+  if (const std::string option = "--precision="; argc > 1 && std::string(argv[1]).rfind(option, 0) == 0) {
+    precision = std::string(argv[1]).substr(option.size());
+    argv[1] = argv[0];
+    --argc, ++argv;
+  }
   if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
   try {
-    gptoss::bench::register_all();
+    gptoss::bench::register_all(gptoss::precision_of(precision));
     benchmark::RunSpecifiedBenchmarks();
   } catch (const std::exception& error) {
     std::fprintf(stderr, "bench_ops: %s\n", error.what());

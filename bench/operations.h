@@ -20,6 +20,7 @@ struct Case {
   int64_t sequences = 1;  // the tokens are divided among them
   int64_t context = 0;    // tokens already in each sequence's cache
   int64_t window = 0;
+  Precision precision = Precision::kExact;
 };
 
 // What one call must do, however it is done.
@@ -134,11 +135,12 @@ class Operation {
   }
 
   void linear(int64_t rows, int64_t cols, bool add) {
-    const int64_t n = copies(rows * cols * 2);
+    const int64_t n = copies(rows * cols);
     for (int64_t i = 0; i < n; ++i) weights_.push_back(matrix(WeightFormat::kBf16, rows, cols));
     bias_ = activations(rows);
     out_ = backend_.allocate(n_ * rows * 4);
-    cost_.bytes = static_cast<double>(rows * cols * 2 + n_ * (cols + (add ? 2 : 1) * rows) * 4);
+    const int64_t weight_bytes = case_.precision == Precision::kFast ? rows * cols * 34 / 32 : rows * cols * 2;
+    cost_.bytes = static_cast<double>(weight_bytes + n_ * (cols + (add ? 2 : 1) * rows) * 4);
     cost_.dot_flops = 2.0 * static_cast<double>(n_ * rows * cols);
     call_ = [=, this](int64_t i) {
       const auto out = out_.mat<float>(n_, rows);

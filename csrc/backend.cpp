@@ -1,6 +1,8 @@
 // What a backend does unless it knows better.
 #include "backend.h"
 
+#include "check.h"
+
 namespace gptoss {
 
 std::vector<Sample> Backend::take_samples(Mat<const float> logits) {
@@ -12,5 +14,13 @@ std::vector<Sample> Backend::take_samples(Mat<const float> logits) {
   }
   return samples;
 }
+
+Precision precision_of(const std::string& name) {
+  for (Precision precision : {Precision::kExact, Precision::kFast})
+    if (name == precision_name(precision)) return precision;
+  CHECK(false, "precision must be \"exact\" or \"fast\", not \"", name, "\"");
+}
+
+const char* precision_name(Precision precision) { return precision == Precision::kFast ? "fast" : "exact"; }
 
 }  // namespace gptoss

@@ -3,8 +3,8 @@
 // The model (model.cpp) is written once against this interface. Choosing a kernel for one token or a thousand, grouping
 // tokens by expert and rounding operands happen below it. Operations run in order on the backend's one stream; none
 // allocates or waits for the host, so that a step of a known kind can be recorded and replayed. Outputs come first, then
-// inputs. Activations are float32; an operation that multiplies matrices rounds its activations to bfloat16 itself and sums in
-// float32.
+// inputs. Activations are float32; an operation that multiplies matrices rounds its activations to bfloat16 (or int8, as the
+// precision says) itself and sums in float32.
 //
 // The result of a row depends on its own sequence alone, bit for bit: not on other rows, not on how a prompt was cut into
 // steps, not on the number of threads. One exception: products of many tokens on sm_90, unless BackendOptions::invariant.
@@ -72,12 +72,18 @@ struct Limits {
   int64_t logit_rows() const { return std::max(kPromptLogitRows, std::min(batch_tokens, sequences)); }
 };
 
+enum class Precision {
+  kExact,  // weights as the checkpoint has them, bfloat16 operands
+  kFast,   // attention and unembedding weights in 8 bits, int8 operands; only on the CPU so far
+};
+
 struct BackendOptions {
   std::string device;            // "cpu", "cuda", "cuda:1"
   int threads = 0;               // 0: as many as this process may use
   std::string isa;               // CPU instruction set to force; empty: GPTOSS_ISA, else the best
   int64_t max_batch_tokens = 0;  // rows of the largest step
   bool invariant = false;        // a row's bits may not depend on the batch even where that costs speed (CUDA on sm_90)
+  Precision precision = Precision::kExact;
 };
 
 class Backend {
@@ -184,6 +190,9 @@ class Backend {
  protected:
   std::vector<SampleRequest> asked_;
 };
+
+Precision precision_of(const std::string& name);  // "exact" or "fast"; throws for any other name
+const char* precision_name(Precision precision);
 
 std::unique_ptr<Backend> make_cpu_backend(const BackendOptions& options);
 std::unique_ptr<Backend> make_cuda_backend(const BackendOptions& options);  // throws in a build without CUDA

@@ -14,6 +14,7 @@ namespace {
 std::unique_ptr<Backend> make_backend(const BackendOptions& options) {
   if (options.device == "cpu") return make_cpu_backend(options);
   CHECK(options.device.rfind("cuda", 0) == 0, "device must be \"cpu\", \"cuda\" or \"cuda:N\", not \"", options.device, "\"");
+  CHECK(options.precision == Precision::kExact, "precision \"fast\" is for the CPU: on ", options.device, " use \"exact\"");
   return make_cuda_backend(options);
 }
 
@@ -220,7 +221,8 @@ void Sequence::close() {
 
 // ------------------------------------------------------------------------------------------------------------ loading
 
-Model::Model(const ModelConfig& config, const ModelOptions& options) : config_(config), process_(getpid()) {
+Model::Model(const ModelConfig& config, const ModelOptions& options)
+    : config_(config), precision_(options.backend.precision), process_(getpid()) {
   config_.validate();
   const Limits asked = {options.backend.max_batch_tokens, options.max_sequences, options.max_context};
   CHECK(asked.context >= 0 && asked.context <= config.max_context, "max_context must be between 1 and the model's ",

@@ -53,6 +53,7 @@ class Model : public std::enable_shared_from_this<Model> {
 
   const ModelConfig& config() const { return config_; }
   const Backend& backend() const { return *backend_; }
+  Precision precision() const { return precision_; }
   int64_t max_context() const { return plan_.limits.context; }
   int64_t max_batch_tokens() const { return plan_.limits.batch_tokens; }
   int64_t max_sequences() const { return plan_.limits.sequences; }
@@ -87,6 +88,7 @@ class Model : public std::enable_shared_from_this<Model> {
   std::vector<std::pair<Buffer*, int64_t>> work_space(const Limits& limits);  // and how many floats each is to be
 
   ModelConfig config_;
+  Precision precision_;
   int process_;  // that made the model: threads do not survive a fork
   std::unique_ptr<Backend> backend_;
   MemoryPlan plan_;

@@ -232,11 +232,11 @@ def make_core(config: Config, tensors: dict[str, Tensor], threads: int = 1, **op
     return core
 
 
-def make_ops(isa: str, threads: int = 1):
+def make_ops(isa: str, threads: int = 1, precision: str = "exact"):
     """The engine's operations: on the CPU with this instruction set and threads, or on DEVICE."""
     from gptoss import _gptoss
 
-    return _gptoss.Ops("cpu", isa, threads) if DEVICE == "cpu" else _gptoss.Ops(DEVICE)
+    return _gptoss.Ops("cpu", isa, threads, precision) if DEVICE == "cpu" else _gptoss.Ops(DEVICE)
 
 
 def core_fields(config: Config) -> dict:

@@ -119,6 +119,7 @@ def test_demo(gptoss) -> None:
         (["generate", "TINY", "-p", "a", "--logit-bias", "7"], 2, "--logit-bias"),
         (["generate", "TINY", "-p", "a", "--temperature", "nan"], 2, "temperature must be"),
         (["generate", "TINY", "-p", "a", "--device", "tpu"], 1, "device must be"),
+        (["generate", "TINY", "-p", "a", "--precision", "int8"], 1, "precision must be"),
         (["generate", "TINY", "--tokens", "1,512"], 1, "from 0 to 511"),
         (["generate", "TINY", "-p", ""], 1, "empty"),
         (["generate", "/nowhere", "-p", "a"], 1, "/nowhere"),

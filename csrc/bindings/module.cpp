@@ -208,19 +208,20 @@ void bind_core(py::module_& m) {
 
   py::class_<Model, std::shared_ptr<Model>>(m, "Core")
       .def(py::init([](const ModelConfig& config, const std::string& device, int threads, int64_t max_context,
-                       int64_t max_batch_tokens, int64_t max_sequences, bool invariant) {
+                       int64_t max_batch_tokens, int64_t max_sequences, bool invariant, const std::string& precision) {
              CHECK(threads >= 0, "threads must be 0 (as many as may be used) or more, not ", threads);
              CHECK(max_context >= 0, "max_context must be positive, not ", max_context);
              ModelOptions options;
              CHECK(max_sequences >= 0, "max_sequences must be positive, not ", max_sequences);
              options.backend = {device, threads, "", max_batch_tokens, invariant};
+             options.backend.precision = precision_of(precision);
              options.max_context = max_context;
              options.max_sequences = max_sequences;
              py::gil_scoped_release release;
              return std::make_shared<Model>(config, options);
            }),
            "config"_a, "device"_a = "cpu", "threads"_a = 0, "max_context"_a = 0, "max_batch_tokens"_a = 512,
-           "max_sequences"_a = 0, "invariant"_a = false)
+           "max_sequences"_a = 0, "invariant"_a = false, "precision"_a = "exact")
       .def(
           "load_tensor",
           [](Model& model, const std::string& name, py::object tensor) {
@@ -240,6 +241,7 @@ void bind_core(py::module_& m) {
       .def_property_readonly("config", &Model::config)
       .def_property_readonly("device", [](const Model& model) { return model.backend().device(); })
       .def_property_readonly("isa", [](const Model& model) { return model.backend().isa(); })
+      .def_property_readonly("precision", [](const Model& model) { return precision_name(model.precision()); })
       .def_property_readonly("threads", [](const Model& model) { return model.backend().threads(); })
       .def_property_readonly("max_context", &Model::max_context)
       .def_property_readonly("max_batch_tokens", &Model::max_batch_tokens)

@@ -18,8 +18,8 @@ constexpr int64_t kAny = -1;
 
 class Ops {
  public:
-  Ops(const std::string& device, const std::string& isa, int threads, bool invariant) {
-    const BackendOptions options{device, threads, isa, kMaxRows, invariant};
+  Ops(const std::string& device, const std::string& isa, int threads, const std::string& precision, bool invariant) {
+    const BackendOptions options{device, threads, isa, kMaxRows, invariant, precision_of(precision)};
     backend_ = device == "cpu" ? make_cpu_backend(options) : make_cuda_backend(options);
   }
 
@@ -348,8 +348,8 @@ class Ops {
 
 void bind_ops(py::module_& m) {
   py::class_<Ops>(m, "Ops", "Single operations of a backend, for tests. Results are written into the output tensors.")
-      .def(py::init<const std::string&, const std::string&, int, bool>(), "device"_a = "cpu", "isa"_a = "", "threads"_a = 1,
-           "invariant"_a = true)
+      .def(py::init<const std::string&, const std::string&, int, const std::string&, bool>(), "device"_a = "cpu", "isa"_a = "",
+           "threads"_a = 1, "precision"_a = "exact", "invariant"_a = true)
       .def_property_readonly("isa", &Ops::isa)
       .def("embed", &Ops::embed, "out"_a, "tokens"_a, "table"_a)
       .def("rmsnorm", &Ops::rmsnorm, "out"_a, "x"_a, "weight"_a, "eps"_a)

@@ -23,7 +23,9 @@ class CpuBackend final : public Backend {
   explicit CpuBackend(const BackendOptions& options)
       : kernels_(select_kernels(options.isa)),
         pool_(options.threads > 0 ? options.threads : default_threads()),
-        max_tokens_(options.max_batch_tokens) {}
+        max_tokens_(options.max_batch_tokens),
+        fast_(options.precision == Precision::kFast),
+        tile_(fast_ ? kernels_.int8_tile : kernels_.tile) {}
 
   std::string device() const override { return "cpu"; }
   std::string isa() const override { return kernels_.name; }
@@ -43,6 +45,7 @@ class CpuBackend final : public Backend {
     const int64_t slots = max_tokens_ * config.experts_per_token;
     packed_ = allocate_pages(packed_bytes(config));
     packed_hidden_ = allocate_pages(packed_hidden_bytes(config));
+    if (fast_) hidden_ = allocate_pages(hidden_bytes(config));
     groups_.reserve(config.n_experts);
     expert_next_.resize(config.n_experts);
     slot_tokens_.resize(slots);
@@ -51,7 +54,7 @@ class CpuBackend final : public Backend {
   }
 
   size_t workspace_bytes(const ModelConfig& config, const Limits&) override {
-    return packed_bytes(config) + packed_hidden_bytes(config);
+    return packed_bytes(config) + packed_hidden_bytes(config) + hidden_bytes(config);
   }
 
   size_t weight_bytes(WeightFormat format, int64_t experts, int64_t rows, int64_t cols) const override;
@@ -93,22 +96,40 @@ class CpuBackend final : public Backend {
     int64_t expert, first, n;
   };
 
+  // How weights of a format are kept.
+  WeightFormat held(WeightFormat format) const { return fast_ && format == WeightFormat::kBf16 ? WeightFormat::kInt8 : format; }
   size_t packed_bytes(const ModelConfig& config) const {
     const int64_t widest = std::max(config.hidden_size, config.q_size());
-    return max_tokens_ * std::max(widest, config.experts_per_token * config.hidden_size) * kernels_.packed_bytes;
+    return max_tokens_ * std::max(token_bytes(widest), config.experts_per_token * token_bytes(config.hidden_size));
   }
   size_t packed_hidden_bytes(const ModelConfig& config) const {
-    return max_tokens_ * config.experts_per_token * config.intermediate_size * kernels_.packed_bytes;
+    return max_tokens_ * config.experts_per_token * token_bytes(config.intermediate_size);
+  }
+  size_t hidden_bytes(const ModelConfig& config) const {
+    return fast_ ? max_tokens_ * config.experts_per_token * config.intermediate_size * sizeof(float) : 0;
   }
 
   void product(Mat<float> out, Mat<const float> t, const Weight& weight, const float* bias, Epilogue epilogue);
   void group_by_expert(const Routing& top, int64_t n_experts);
-  void pack_groups(Mat<const float> t);
+  // Tokens of every expert as tiles: rows slot_tokens_ of t, or where `by_slot` row i of t is slot i.
+  void pack_groups(const Buffer& packed, Mat<const float> t, bool by_slot);
+  MatmulArgs expert_product(const Weight& weight, const Group& group, const Buffer& packed) const;
+  void swiglu_products(const ExpertWeights& experts, int64_t n_tokens);
+  void down_products(Mat<float> x, const ExpertWeights& experts);
+
+  int64_t token_bytes(int64_t cols) const { return fast_ ? int8_token_bytes(cols) : cols * kernels_.packed_bytes; }
+  void pack_tile(uint8_t* tile, Mat<const float> t, const int32_t* rows, int64_t n, bool mxfp4) const {
+    if (fast_)
+      kernels_.pack_tokens_int8(tile, t.data, t.cols, rows, n, t.cols, mxfp4);
+    else
+      kernels_.pack_tokens(tile, t.data, t.cols, rows, n, t.cols);
+  }
+  void multiply(const MatmulArgs& args) const { fast_ ? kernels_.matmul_int8(args) : kernels_.matmul(args); }
 
   // Panels a unit of work takes: a few units a thread, so that a slow core takes fewer, each a long stream.
   int64_t panels_per_unit(int64_t n_panels, int64_t n_tokens) const {
     const int64_t share = ceil_div(n_panels, pool_.size() * 4);
-    return std::max<int64_t>(1, n_tokens > kernels_.tile ? std::min<int64_t>(share, 8) : share);
+    return std::max<int64_t>(1, n_tokens > tile_ ? std::min<int64_t>(share, 8) : share);
   }
   const PageList& pages_of(int64_t row, const KvLayer& cache) const {
     const BatchSequence& sequence = batch_->sequences[batch_->sequence_of[row]];
@@ -118,9 +139,12 @@ class CpuBackend final : public Backend {
   const KernelTable& kernels_;
   ThreadPool pool_;
   int64_t max_tokens_;
+  bool fast_;     // products of bytes
+  int64_t tile_;  // tokens of a full tile
   const Batch* batch_ = nullptr;
   Buffer packed_;         // token tiles of the product at hand
   Buffer packed_hidden_;  // token tiles between gate_up and down
+  Buffer hidden_;         // fast: [n * k, I] what those are made of
   std::vector<Group> groups_;
   std::vector<int64_t> expert_next_;  // [E] where an expert's next slot is
   std::vector<int32_t> slot_tokens_;  // [n * k] rows of the batch, by expert
@@ -131,17 +155,24 @@ class CpuBackend final : public Backend {
 // ------------------------------------------------------------------------------------------------------------ weights
 
 int64_t panel_bytes(WeightFormat format, int64_t cols) {
-  return format == WeightFormat::kMxfp4 ? mxfp4_panel_bytes(cols) : bf16_panel_bytes(cols);
+  switch (format) {
+    case WeightFormat::kMxfp4:
+      return mxfp4_panel_bytes(cols);
+    case WeightFormat::kInt8:
+      return int8_panel_bytes(cols);
+    default:
+      return bf16_panel_bytes(cols);
+  }
 }
 int64_t panel_bytes(const Weight& weight) { return panel_bytes(weight.format, weight.cols); }
 
 size_t CpuBackend::weight_bytes(WeightFormat format, int64_t experts, int64_t rows, int64_t cols) const {
   if (format == WeightFormat::kTable) return rows * cols * 2;
-  return experts * ceil_div(rows, kPanelRows) * panel_bytes(format, cols);
+  return experts * ceil_div(rows, kPanelRows) * panel_bytes(held(format), cols);
 }
 
 Weight CpuBackend::make_weight(WeightFormat format, int64_t experts, int64_t rows, int64_t cols, RowOrder order) {
-  Weight weight{format, experts, rows, cols, order, {}};
+  Weight weight{held(format), experts, rows, cols, order, {}};
   weight.storage = allocate_pages(weight_bytes(format, experts, rows, cols));
   return weight;
 }
@@ -161,9 +192,12 @@ void CpuBackend::load_rows(Weight& weight, int64_t first_row, const HostTensor& 
   CHECK(first_row % kPanelRows == 0, source.name, ": its rows start at ", first_row, ", inside a panel");
   uint8_t* panels = weight.storage.as<uint8_t>() + first_row / kPanelRows * panel_bytes(weight);
   pool_.run(ceil_div(n, kPanelRows), [&](int64_t p, int) {
-    const int64_t row = p * kPanelRows;
-    kernels_.pack_bf16_panel(panels + p * panel_bytes(weight), rows + row * cols, std::min(kPanelRows, n - row), cols,
-                             weight.order == RowOrder::kGateUp);
+    const int64_t row = p * kPanelRows, n_rows = std::min(kPanelRows, n - row);
+    uint8_t* panel = panels + p * panel_bytes(weight);
+    if (weight.format == WeightFormat::kInt8)
+      kernels_.pack_int8_panel(panel, rows + row * cols, n_rows, cols);
+    else
+      kernels_.pack_bf16_panel(panel, rows + row * cols, n_rows, cols, weight.order == RowOrder::kGateUp);
   });
 }
 
@@ -187,6 +221,12 @@ void CpuBackend::load_mxfp4_blocks(Weight& weight, const HostTensor& blocks) {
 
 void CpuBackend::load_mxfp4_scales(Weight& weight, const HostTensor& scales) {
   const uint8_t* source = static_cast<const uint8_t*>(scales.data);
+  if (fast_) {
+    const auto [least, most] = std::minmax_element(source, source + weight.experts * weight.rows * weight.cols / 32);
+    CHECK(*least >= kLeastInt8Scale && *most <= kMostInt8Scale, scales.name, ": scale bytes from ", int{*least}, " to ",
+          int{*most}, " are more than precision \"fast\" can take, ", int{kLeastInt8Scale}, " to ", int{kMostInt8Scale},
+          "; use \"exact\"");
+  }
   pack_experts(pool_, weight, [&](uint8_t* panel, int64_t row, int64_t n) {
     kernels_.pack_mxfp4_scales(panel, source + row * weight.cols / 32, n, weight.cols, weight.order == RowOrder::kGateUp);
   });
@@ -195,14 +235,15 @@ void CpuBackend::load_mxfp4_scales(Weight& weight, const HostTensor& scales) {
 // ----------------------------------------------------------------------------------------------------------- products
 
 void CpuBackend::product(Mat<float> out, Mat<const float> t, const Weight& weight, const float* bias, Epilogue epilogue) {
-  const int64_t n = t.rows, tile = kernels_.tile;
-  pool_.run(ceil_div(n, tile), [&](int64_t i, int) {
-    uint8_t* packed = packed_.as<uint8_t>() + i * tile * t.cols * kernels_.packed_bytes;
-    kernels_.pack_tokens(packed, t.row(i * tile), t.cols, nullptr, std::min(tile, n - i * tile), t.cols);
+  const int64_t n = t.rows, tiles = n_tiles(n, tile_);
+  const bool mxfp4 = weight.format == WeightFormat::kMxfp4;
+  pool_.run(tiles, [&](int64_t i, int) {
+    const int64_t first = tile_start(n, tiles, i), count = tile_start(n, tiles, i + 1) - first;
+    pack_tile(packed_.as<uint8_t>() + first * token_bytes(t.cols), {t.row(first), count, t.cols}, nullptr, count, mxfp4);
   });
   MatmulArgs args;
   args.panels = weight.storage.as<uint8_t>();
-  args.mxfp4 = weight.format == WeightFormat::kMxfp4;
+  args.mxfp4 = mxfp4;
   args.rows = weight.rows;
   args.cols = weight.cols;
   args.packed = packed_.data();
@@ -216,7 +257,7 @@ void CpuBackend::product(Mat<float> out, Mat<const float> t, const Weight& weigh
     MatmulArgs mine = args;
     mine.first_panel = unit * step;
     mine.n_panels = std::min(step, panels - mine.first_panel);
-    kernels_.matmul(mine);
+    multiply(mine);
   });
 }
 
@@ -314,64 +355,79 @@ void CpuBackend::group_by_expert(const Routing& top, int64_t n_experts) {
   }
 }
 
-void CpuBackend::pack_groups(Mat<const float> t) {
-  const int64_t tile = kernels_.tile;
+void CpuBackend::pack_groups(const Buffer& packed, Mat<const float> t, bool by_slot) {
   pool_.run(static_cast<int64_t>(groups_.size()), [&](int64_t g, int) {
     const Group& group = groups_[g];
-    for (int64_t first = 0; first < group.n; first += tile) {
+    const int64_t tiles = n_tiles(group.n, tile_);
+    for (int64_t i = 0; i < tiles; ++i) {
+      const int64_t first = tile_start(group.n, tiles, i), count = tile_start(group.n, tiles, i + 1) - first;
       const int64_t slot = group.first + first;
-      uint8_t* packed = packed_.as<uint8_t>() + slot * t.cols * kernels_.packed_bytes;
-      kernels_.pack_tokens(packed, t.data, t.cols, slot_tokens_.data() + slot, std::min(tile, group.n - first), t.cols);
+      uint8_t* tile = packed.as<uint8_t>() + slot * token_bytes(t.cols);
+      if (by_slot)
+        pack_tile(tile, {t.row(slot), count, t.cols}, nullptr, count, true);
+      else
+        pack_tile(tile, t, slot_tokens_.data() + slot, count, true);
     }
   });
 }
 
-void CpuBackend::moe_add(Mat<float> x, Mat<const float> t, const Routing& top, const ExpertWeights& experts) {
-  const Weight &gate_up = *experts.gate_up, &down = *experts.down;
-  group_by_expert(top, gate_up.experts);
-  pack_groups(t);
+// The product of one expert's panels with its tokens.
+MatmulArgs CpuBackend::expert_product(const Weight& weight, const Group& group, const Buffer& packed) const {
+  MatmulArgs args;
+  args.panels = weight.storage.as<uint8_t>() + group.expert * ceil_div(weight.rows, kPanelRows) * panel_bytes(weight);
+  args.mxfp4 = true;
+  args.rows = weight.rows;
+  args.cols = weight.cols;
+  args.packed = packed.as<uint8_t>() + group.first * token_bytes(weight.cols);
+  args.n_tokens = group.n;
+  return args;
+}
 
-  const int64_t up_panels = ceil_div(gate_up.rows, kPanelRows), up_step = panels_per_unit(up_panels * groups_.size(), t.rows);
-  const int64_t up_units = ceil_div(up_panels, up_step);
-  pool_.run(static_cast<int64_t>(groups_.size()) * up_units, [&](int64_t unit, int) {
-    const Group& group = groups_[unit / up_units];
-    MatmulArgs args;
-    args.panels = gate_up.storage.as<uint8_t>() + group.expert * up_panels * panel_bytes(gate_up);
-    args.mxfp4 = true;
-    args.rows = gate_up.rows;
-    args.cols = gate_up.cols;
-    args.first_panel = unit % up_units * up_step;
-    args.n_panels = std::min(up_step, up_panels - args.first_panel);
-    args.packed = packed_.as<uint8_t>() + group.first * gate_up.cols * kernels_.packed_bytes;
-    args.n_tokens = group.n;
+// Into packed_hidden_; fast: into hidden_, for a panel gives 16 inputs of the next product, and a scale takes 32.
+void CpuBackend::swiglu_products(const ExpertWeights& experts, int64_t n_tokens) {
+  const Weight& gate_up = *experts.gate_up;
+  const int64_t inner = gate_up.rows / 2, panels = ceil_div(gate_up.rows, kPanelRows);
+  const int64_t step = panels_per_unit(panels * groups_.size(), n_tokens), units = ceil_div(panels, step);
+  pool_.run(static_cast<int64_t>(groups_.size()) * units, [&](int64_t unit, int) {
+    const Group& group = groups_[unit / units];
+    MatmulArgs args = expert_product(gate_up, group, packed_);
+    args.first_panel = unit % units * step;
+    args.n_panels = std::min(step, panels - args.first_panel);
     args.bias = experts.gate_up_bias + group.expert * gate_up.rows;
     args.epilogue = Epilogue::kSwiglu;
-    args.packed_out = packed_hidden_.as<uint8_t>() + group.first * down.cols * kernels_.packed_bytes;
+    args.packed_out = packed_hidden_.as<uint8_t>() + group.first * token_bytes(inner);
+    args.out = hidden_.as<float>() + group.first * inner;
+    args.out_stride = inner;
     args.swiglu_limit = experts.swiglu_limit;
-    kernels_.matmul(args);
+    multiply(args);
   });
+}
 
-  const int64_t panels = ceil_div(down.rows, kPanelRows), step = panels_per_unit(panels, t.rows);
+void CpuBackend::down_products(Mat<float> x, const ExpertWeights& experts) {
+  const Weight& down = *experts.down;
+  const int64_t panels = ceil_div(down.rows, kPanelRows), step = panels_per_unit(panels, x.rows);
   pool_.run(ceil_div(panels, step), [&](int64_t unit, int) {
     for (const Group& group : groups_) {
-      MatmulArgs args;
-      args.panels = down.storage.as<uint8_t>() + group.expert * panels * panel_bytes(down);
-      args.mxfp4 = true;
-      args.rows = down.rows;
-      args.cols = down.cols;
+      MatmulArgs args = expert_product(down, group, packed_hidden_);
       args.first_panel = unit * step;
       args.n_panels = std::min(step, panels - args.first_panel);
-      args.packed = packed_hidden_.as<uint8_t>() + group.first * down.cols * kernels_.packed_bytes;
-      args.n_tokens = group.n;
       args.bias = experts.down_bias + group.expert * down.rows;
       args.epilogue = Epilogue::kAdd;
       args.out = x.data;
       args.out_stride = x.cols;
       args.out_rows = slot_tokens_.data() + group.first;
       args.out_weights = slot_weights_.data() + group.first;
-      kernels_.matmul(args);
+      multiply(args);
     }
   });
+}
+
+void CpuBackend::moe_add(Mat<float> x, Mat<const float> t, const Routing& top, const ExpertWeights& experts) {
+  group_by_expert(top, experts.gate_up->experts);
+  pack_groups(packed_, t, false);
+  swiglu_products(experts, t.rows);
+  if (fast_) pack_groups(packed_hidden_, hidden_.mat<const float>(top.experts.size(), experts.down->cols), true);
+  down_products(x, experts);
 }
 
 }  // namespace

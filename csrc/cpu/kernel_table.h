@@ -5,13 +5,19 @@
 //   bfloat16:  [K/2 pairs][32 rows][2]                                      128 bytes a pair of inputs
 //   MXFP4:     [K/32 scales][32 rows], padded to 64 bytes, then [K/8][32 rows][4 bytes]; the low half of a row's 4 bytes
 //              holds the codes of inputs 0 2 4 6, the high half those of 1 3 5 7 (so that the two halves make bfloat16 pairs)
+//   int8:      K/32 blocks of [32 rows] bfloat16 scales and [8 quads][32 rows][4 bytes], each a code plus 128; the two quads of
+//              8 inputs are 0 4 1 5 and 2 6 3 7, the order in which MXFP4 nibbles come as bytes
 // In gate_up matrices the 32 rows of a panel are its 16 gates, then its 16 ups.
 //
-// Packed tokens. The other operand is cut into tiles of up to `tile` tokens: [K/2 pairs][tokens of the tile][2], elements
-// rounded to bfloat16, stored as bfloat16 (packed_bytes 2) or as the equal float32 (packed_bytes 4).
+// Packed tokens. The other operand is cut into tiles of up to `tile` tokens, as alike in size as can be: [K/2 pairs][tokens of
+// the tile][2], elements rounded to bfloat16, stored as bfloat16 (packed_bytes 2) or as the equal float32 (packed_bytes 4).
+// In products of bytes (precision "fast"): [tokens] float32 that sums start from, 0 or not a number, then K/32 blocks of
+// [tokens] float32 scales, [tokens] int32 corrections (minus the sum of the codes times what the weights' bytes are offset by,
+// 12 or 128), and [8 quads][tokens][4] int8 codes. In an FP4 product the bits of a scale are those of half of it (the weights'
+// bytes are twice the values) less 127 << 23: a block's scale byte << 23 added to them makes the product of both scales.
 //
 // Every output is  sum over blocks of 32 inputs ( scale * sum over 16 pairs in order ), whatever the number of tokens, so a
-// token's result never depends on the tile it came in.
+// token's result never depends on the tile it came in. In products of bytes the 32 are summed in int32, without any rounding.
 #pragma once
 #include <cstdint>
 
@@ -25,11 +31,21 @@ constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / st
 constexpr int64_t bf16_panel_bytes(int64_t cols) { return cols * kPanelRows * 2; }
 constexpr int64_t mxfp4_scale_bytes(int64_t cols) { return round_up(cols / 32 * kPanelRows, 64); }
 constexpr int64_t mxfp4_panel_bytes(int64_t cols) { return mxfp4_scale_bytes(cols) + cols / 2 * kPanelRows; }
+inline constexpr int64_t kInt8BlockBytes = kPanelRows * (2 + 32);
+constexpr int64_t int8_panel_bytes(int64_t cols) { return cols / 32 * kInt8BlockBytes; }
+inline constexpr int64_t kInt8TokenBlockBytes = 4 + 4 + 32;
+constexpr int64_t int8_token_bytes(int64_t cols) { return 4 + cols / 32 * kInt8TokenBlockBytes; }
+// Scale bytes of MXFP4 weights in products of bytes: 2^-60 to 2^60, so that a product of scales is a normal number.
+inline constexpr uint8_t kLeastInt8Scale = 127 - 60, kMostInt8Scale = 127 + 60;
+
+// Tile i of n tokens has those from tile_start(i) to tile_start(i + 1).
+constexpr int64_t n_tiles(int64_t n, int64_t tile) { return (n + tile - 1) / tile; }
+constexpr int64_t tile_start(int64_t n, int64_t tiles, int64_t i) { return n * i / tiles; }
 
 enum class Epilogue {
   kStore,   // out[token][row] = sum + bias
   kAdd,     // out[token][row] += token_weight * (sum + bias)
-  kSwiglu,  // packed_out[row / 2][token] = swiglu(gate, up), for a following product
+  kSwiglu,  // packed_out[row / 2][token] = swiglu(gate, up), for a following product; in products of bytes out[token][row / 2]
 };
 
 // Panels [first_panel, first_panel + n_panels) of one matrix times every token tile.
@@ -40,7 +56,7 @@ struct MatmulArgs {
   int64_t cols = 0;  // K
   int64_t first_panel = 0;
   int64_t n_panels = 0;
-  const void* packed = nullptr;  // tile i starts at i * tile * cols elements
+  const void* packed = nullptr;  // a tile starts where its first token would in rows of cols elements (of int8_token_bytes)
   int64_t n_tokens = 0;
   const float* bias = nullptr;  // [rows] or null
   Epilogue epilogue = Epilogue::kStore;
@@ -80,6 +96,13 @@ struct KernelTable {
   // Rounds rows of x to bfloat16 and packs them as one tile. rows: [n] or null for 0, 1, ...
   void (*pack_tokens)(void* tile, const float* x, int64_t stride, const int32_t* rows, int64_t n, int64_t cols);
   void (*matmul)(const MatmulArgs& args);
+
+  // The same for products of bytes; they round to int8, 32 inputs of a row to a scale.
+  int64_t int8_tile;
+  void (*pack_int8_panel)(uint8_t* panel, const uint16_t* source, int64_t n_rows, int64_t cols);
+  void (*pack_tokens_int8)(void* tile, const float* x, int64_t stride, const int32_t* rows, int64_t n, int64_t cols,
+                           bool mxfp4);
+  void (*matmul_int8)(const MatmulArgs& args);
 
   void (*embed)(float* out, const uint16_t* row, int64_t n);
   void (*rmsnorm)(float* out, const float* x, const float* weight, float eps, int64_t n);

@@ -97,6 +97,7 @@ class Core:
     config: Final[Config]
     threads: Final[int]
     isa: Final[str]
+    precision: Final[str]
     device: Final[str]
     max_context: Final[int]
     max_batch_tokens: Final[int]
@@ -111,8 +112,10 @@ class Core:
         max_batch_tokens: int = 512,
         max_sequences: int = 0,
         invariant: bool = False,
+        precision: str = "exact",
     ) -> None:
         """0 means the default. Takes all memory; RuntimeError with the numbers if it is too little.
+        precision is "exact" or "fast", the latter on the CPU only.
 
         Weights come by `load_tensor`, then `finish_loading`.
         """
@@ -215,7 +218,12 @@ class Ops:
     invariant: a row's bits may not depend on how many rows there are (CUDA on sm_90)."""
 
     def __init__(
-        self, device: str = "cpu", isa: str = "", threads: int = 1, invariant: bool = True
+        self,
+        device: str = "cpu",
+        isa: str = "",
+        threads: int = 1,
+        precision: str = "exact",
+        invariant: bool = True,
     ) -> None: ...
     @property
     def isa(self) -> str: ...
@@ -233,7 +241,10 @@ class Ops:
         bias: DLPackTensor | None,
         add: bool = False,
     ) -> None:
-        """out f32 [n, M] = [out +] bf16(x f32 [n, K]) weight bf16 [M, K]^T + bias f32 [M]."""
+        """out f32 [n, M] = [out +] bf16(x f32 [n, K]) weight bf16 [M, K]^T + bias f32 [M].
+
+        In the precision "fast" x and weight are rounded to int8, here and below.
+        """
 
     def attention(
         self,

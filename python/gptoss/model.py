@@ -77,6 +77,7 @@ class Model:
         max_sequences: int | None = None,
         invariant: bool = False,
         threads: int | None = None,
+        precision: str = "exact",
         progress: bool = True,
     ) -> Model:
         """Load a checkpoint: a Hugging Face directory or OpenAI's `original/` directory.
@@ -91,6 +92,9 @@ class Model:
                 CUDA at some cost. The CPU's always are.
             threads: CPU threads, 1 to 1024; None for OMP_NUM_THREADS, or else as many processors as
                 the process's affinity and its cgroup's quota allow.
+            precision: "exact": weights as the checkpoint has them, bfloat16 operands. "fast", on
+                the CPU: attention and unembedding weights rounded to 8 bits, int8 operands; less
+                memory and time, more error (docs/performance.md).
             progress: show a progress bar on stderr.
 
         Raises:
@@ -106,6 +110,10 @@ class Model:
         threads = _optional_count("threads", threads, _MAX_THREADS)
         if not isinstance(invariant, bool):
             raise ValueError(f"invariant must be True or False, not {invariant!r}")
+        if precision not in ("exact", "fast"):
+            raise ValueError(f'precision must be "exact" or "fast", not {precision!r}')
+        if precision == "fast" and device != "cpu":
+            raise ValueError(f'precision "fast" is for the CPU: on {device} use "exact"')
 
         from .checkpoint import open_checkpoint
 
@@ -123,6 +131,7 @@ class Model:
             max_context=max_context or 0,
             max_sequences=max_sequences or 0,
             invariant=invariant,
+            precision=precision,
         )
         checkpoint.load_into(core, progress)
         core.finish_loading()

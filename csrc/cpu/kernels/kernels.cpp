@@ -3,6 +3,8 @@
 #include "cpu/kernel_table.h"
 #include "pack.h"
 #include "matmul.h"
+#include "pack_int8.h"
+#include "matmul_int8.h"
 #include "attention.h"
 #include "pointwise.h"
 
@@ -20,6 +22,10 @@ extern "C" const gptoss::cpu::KernelTable NAME_OF(GPTOSS_ISA) = {
     .pack_mxfp4_scales = pack_mxfp4_scales,
     .pack_tokens = pack_tokens,
     .matmul = matmul,
+    .int8_tile = kInt8Tile,
+    .pack_int8_panel = pack_int8_panel,
+    .pack_tokens_int8 = pack_tokens_int8,
+    .matmul_int8 = matmul_int8,
     .embed = embed,
     .rmsnorm = rmsnorm,
     .router = router,

@@ -126,15 +126,21 @@ static void write_rows(const MatmulArgs& a, const float* totals, int64_t panel, 
   }
 }
 
+// The same with 16 gates, then 16 ups; in the checkpoint they alternate.
+INLINE void load_gate_up_bias(float* out, const float* bias, int64_t panel, int64_t rows) {
+  float rows_of_panel[32];
+  load_bias(rows_of_panel, bias, panel * 32, rows);
+  for (int64_t i = 0; i < 16; ++i) out[i] = rows_of_panel[2 * i], out[16 + i] = rows_of_panel[2 * i + 1];
+}
+
 // totals: 16 gates and 16 ups of n tokens -> inputs 16 panel .. of a tile [I/2][n][2].
 static void write_swiglu(const MatmulArgs& a, const float* totals, int64_t panel, int64_t first, int64_t n) {
-  float bias[32], gates[16], ups[16];  // bias rows alternate gate, up as in the checkpoint
-  load_bias(bias, a.bias, panel * 32, a.rows);
-  for (int64_t i = 0; i < 16; ++i) gates[i] = bias[2 * i], ups[i] = bias[2 * i + 1];
+  float bias[32];
+  load_gate_up_bias(bias, a.bias, panel, a.rows);
   Packed* tile = (Packed*)a.packed_out + first * (a.rows / 2);
   for (int64_t t = 0; t < n; ++t) {
-    F32 gate = add(load(totals + t * kLanes), load(gates));
-    F32 up = add(load(totals + (n + t) * kLanes), load(ups));
+    F32 gate = add(load(totals + t * kLanes), load(bias));
+    F32 up = add(load(totals + (n + t) * kLanes), load(bias + 16));
     put_in_tile(tile, panel * 16, t, n, swiglu(gate, up, a.swiglu_limit));
   }
 }
@@ -160,10 +166,12 @@ static void multiply_rest(const MatmulArgs& a, const uint8_t* panel_data, int64_
 
 template <class Panel>
 static void multiply_panels(const MatmulArgs& a, int64_t panel_bytes) {
+  const int64_t n_tiles = gptoss::cpu::n_tiles(a.n_tokens, kTile);
   for (int64_t panel = a.first_panel; panel < a.first_panel + a.n_panels; ++panel) {
     const uint8_t* data = a.panels + panel * panel_bytes;
-    for (int64_t first = 0; first < a.n_tokens; first += kTile) {
-      const int64_t n = a.n_tokens - first < kTile ? a.n_tokens - first : kTile;
+    for (int64_t i = 0; i < n_tiles; ++i) {
+      const int64_t first = gptoss::cpu::tile_start(a.n_tokens, n_tiles, i);
+      const int64_t n = gptoss::cpu::tile_start(a.n_tokens, n_tiles, i + 1) - first;
       multiply_rest<Panel, kTile>(a, data, panel, first, n);
     }
   }

@@ -18,6 +18,7 @@ from .options import (
     Json,
     MaxContext,
     MaxSequences,
+    Precision,
     Quiet,
     Threads,
     integers,
@@ -34,6 +35,7 @@ class Row:
 
     device: str
     isa: str
+    precision: str
     threads: int
     context: int
     prompt_tokens: int
@@ -53,6 +55,7 @@ def bench(
     repeats: Annotated[int, typer.Option(min=1, help="Of which the median counts.")] = 3,
     device: Device = "auto",
     threads: Threads = None,
+    precision: Precision = "exact",
     max_context: MaxContext = None,
     max_sequences: MaxSequences = None,
     as_json: Json = False,
@@ -75,6 +78,7 @@ def bench(
         max_context=max_context,
         max_sequences=max_sequences,
         threads=threads,
+        precision=precision,
         progress=show_progress(quiet),
     ) as model:
         longest = max(n_context + n_prompt for n_context, n_prompt in cases) + decode
@@ -97,6 +101,7 @@ def _row(core: Core, context: int, prompt: int, decode: int, repeats: int) -> Ro
     return Row(
         device=core.device,
         isa=core.isa,
+        precision=core.precision,
         threads=core.threads,
         context=context,
         prompt_tokens=prompt,
@@ -145,7 +150,8 @@ def _print_table(rows: list[Row]) -> None:
 
     first = rows[0]
     table = Table(
-        title=f"{first.device} {first.isa}, {first.threads} threads, median of {first.repeats}"
+        title=f"{first.device} {first.isa}, {first.precision}, {first.threads} threads, "
+        f"median of {first.repeats}"
     )
     for column in ("context", "prompt", "prompt tok/s", "decode", "decode tok/s"):
         table.add_column(column, justify="right")

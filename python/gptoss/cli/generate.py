@@ -16,6 +16,7 @@ from .options import (
     Json,
     MaxContext,
     MaxSequences,
+    Precision,
     Quiet,
     Threads,
     integers,
@@ -80,6 +81,7 @@ def generate(
     ] = False,
     device: Device = "auto",
     threads: Threads = None,
+    precision: Precision = "exact",
     max_context: MaxContext = None,
     max_sequences: MaxSequences = None,
     as_json: Json = False,
@@ -118,6 +120,7 @@ def generate(
         max_context=max_context,
         max_sequences=max_sequences,
         threads=threads,
+        precision=precision,
         progress=show_progress(quiet),
     ) as model:
         if as_json:

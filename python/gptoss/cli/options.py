@@ -15,6 +15,7 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Threads = Annotated[
     int | None, typer.Option(help="CPU threads; default: all it may use.", show_default=False)
 ]
+Precision = Annotated[str, typer.Option(help="exact, or on the CPU fast (8-bit).")]
 MaxContext = Annotated[
     int | None,
     typer.Option(

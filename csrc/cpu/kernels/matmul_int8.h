@@ -1,0 +1,158 @@
+// The products of matmul.h with bytes for operands: weights of int8 or FP4 panels times tokens rounded to int8.
+//
+// A block of 32 inputs is summed in int32, which is exact; the sum, times both scales, is added to running float32 sums in the
+// first-level cache, block after block. FP4 codes become bytes in registers, anew for each tile of tokens.
+#pragma once
+#include "matmul.h"
+#include "pack_int8.h"
+
+namespace {
+
+// Adds one quad of inputs of kInt8Halves x 16 rows times T tokens.
+template <int T, class W>
+INLINE void add_quad(I32 (&sums)[kInt8Halves][T], const W (&w)[kInt8Halves], const int8_t* x) {
+  UNROLL for (int t = 0; t < T; ++t) {
+    const Quad token = load_quad(x + 4 * t);
+    UNROLL for (int h = 0; h < kInt8Halves; ++h) sums[h][t] = dot4(sums[h][t], w[h], token);
+  }
+}
+
+struct Int8Panel {
+  using W = Int8Weights;
+  const uint8_t* blocks;  // [K/32] of kInt8BlockBytes
+
+  INLINE int64_t bytes(int64_t cols) { return gptoss::cpu::int8_panel_bytes(cols); }
+  INLINE Int8Panel at(const MatmulArgs& a, int64_t panel) { return {a.panels + panel * bytes(a.cols)}; }
+  template <int T>
+  INLINE void add_block(I32 (&sums)[kInt8Halves][T], const Int8Panel& p, int64_t block, int64_t half, const int8_t* x) {
+    const uint8_t* bytes = p.blocks + block * kInt8BlockBytes + 64 + half * 64;
+    UNROLL for (int64_t quad = 0; quad < 8; ++quad, bytes += 128, x += 4 * T) {
+      W w[kInt8Halves];
+      UNROLL for (int h = 0; h < kInt8Halves; ++h) w[h] = load_int8(bytes + 64 * h);
+      add_quad<T>(sums, w, x);
+    }
+  }
+  INLINE F32 scales(const Int8Panel& p, int64_t block, int64_t half) {
+    return load_bf16((const uint16_t*)(p.blocks + block * kInt8BlockBytes) + half * 16);
+  }
+  INLINE F32 times(F32 scales, int32_t token_scale) { return mul(scales, set1(as_float((uint32_t)token_scale))); }
+};
+
+struct CodePanel {
+  using W = CodeWeights;
+  const uint8_t* scale_bytes;  // [K/32][32]
+  const uint8_t* codes;        // [K/8][32][4]
+
+  INLINE int64_t bytes(int64_t cols) { return gptoss::cpu::mxfp4_panel_bytes(cols); }
+  INLINE CodePanel at(const MatmulArgs& a, int64_t panel) {
+    const uint8_t* data = a.panels + panel * bytes(a.cols);
+    return {data, data + gptoss::cpu::mxfp4_scale_bytes(a.cols)};
+  }
+  template <int T>
+  INLINE void add_block(I32 (&sums)[kInt8Halves][T], const CodePanel& p, int64_t block, int64_t half, const int8_t* x) {
+    const uint8_t* c = p.codes + block * 512 + half * 64;
+    UNROLL for (int64_t group = 0; group < 4; ++group, c += 128, x += 8 * T) {
+      W low[kInt8Halves], high[kInt8Halves];
+      UNROLL for (int h = 0; h < kInt8Halves; ++h) decode_codes(low[h], high[h], c + 64 * h);
+      add_quad<T>(sums, low, x);
+      add_quad<T>(sums, high, x + 4 * T);
+    }
+  }
+  INLINE F32 scales(const CodePanel& p, int64_t block, int64_t half) {
+    return load_exponents(p.scale_bytes + block * 32 + half * 16);
+  }
+  // An addition, for the units that multiply are busy with the products.
+  INLINE F32 times(F32 exponents, int32_t token_scale) { return add_bits(exponents, token_scale); }
+};
+
+// What a tile fetches into the cache while it works: `step` bytes (a multiple of 64) with every block. Where a panel meets many
+// tiles, its successor, spread over all of them; where it meets one, the stream that it lies in, a little way on.
+constexpr int64_t kStreamAhead = 8192;
+struct Ahead {
+  const uint8_t* data;
+  int64_t step;
+};
+
+// totals: [2 halves][T][16] = panel x tile
+template <class Panel, int T>
+static void int8_panel_times_tile(float* totals, const Panel& panel, const uint8_t* tile, int64_t cols, Ahead ahead) {
+  using W = typename Panel::W;
+  for (int64_t half = 0; half < 2; half += kInt8Halves) {
+    float* out = totals + half * T * kLanes;
+    const float* starts = (const float*)tile;  // [T]
+    for (int64_t i = 0; i < kInt8Halves * T; ++i) store(out + i * kLanes, set1(starts[i % T]));
+    const uint8_t* tokens = tile + 4 * T;
+    for (int64_t block = 0; block < cols / 32; ++block, tokens += T * kInt8TokenBlockBytes) {
+      for (int64_t i = 0; i < ahead.step; i += 64) __builtin_prefetch(ahead.data + i, 0, 2);
+      ahead.data += ahead.step;
+      const int32_t* scales = (const int32_t*)tokens;  // [T]
+      const int32_t* corrections = scales + T;         // [T]
+      I32 sums[kInt8Halves][T];
+      UNROLL for (int t = 0; t < T; ++t) { UNROLL for (int h = 0; h < kInt8Halves; ++h) sums[h][t] = start<W>(corrections[t]); }
+      Panel::template add_block<T>(sums, panel, block, half, (const int8_t*)(corrections + T));
+      UNROLL for (int h = 0; h < kInt8Halves; ++h) {
+        const F32 weight_scales = Panel::scales(panel, block, half + h);
+        UNROLL for (int t = 0; t < T; ++t) {
+          float* total = out + (h * T + t) * kLanes;
+          store(total, fma(to_float(sums[h][t]), Panel::times(weight_scales, scales[t]), load(total)));
+        }
+      }
+    }
+  }
+}
+
+// totals: 16 gates and 16 ups of n tokens -> inputs 16 panel .. of the following product, float32.
+static void write_hidden(const MatmulArgs& a, const float* totals, int64_t panel, int64_t first, int64_t n) {
+  float bias[32];
+  load_gate_up_bias(bias, a.bias, panel, a.rows);
+  for (int64_t t = 0; t < n; ++t) {
+    const F32 gate = add(load(totals + t * kLanes), load(bias)), up = add(load(totals + (n + t) * kLanes), load(bias + 16));
+    store(a.out + (first + t) * a.out_stride + panel * 16, swiglu(gate, up, a.swiglu_limit));
+  }
+}
+
+template <class Panel, int T>
+static void multiply_int8_tile(const MatmulArgs& a, const Panel& panel, int64_t index, int64_t first, Ahead ahead) {
+  alignas(64) float totals[2 * T * kLanes];
+  const uint8_t* tile = (const uint8_t*)a.packed + first * gptoss::cpu::int8_token_bytes(a.cols);
+  int8_panel_times_tile<Panel, T>(totals, panel, tile, a.cols, ahead);
+  if (a.epilogue == Epilogue::kSwiglu)
+    write_hidden(a, totals, index, first, T);
+  else
+    write_rows(a, totals, index, first, T);
+}
+
+template <class Panel, int T>
+static void multiply_int8_rest(const MatmulArgs& a, const Panel& panel, int64_t index, int64_t first, int64_t n, Ahead ahead) {
+  if constexpr (T > 0) {
+    if (n == T) return multiply_int8_tile<Panel, T>(a, panel, index, first, ahead);
+    multiply_int8_rest<Panel, T - 1>(a, panel, index, first, n, ahead);
+  }
+}
+
+template <class Panel>
+static void multiply_int8_panels(const MatmulArgs& a) {
+  const int64_t n_tiles = gptoss::cpu::n_tiles(a.n_tokens, kInt8Tile), blocks = a.cols / 32, bytes = Panel::bytes(a.cols);
+  const int64_t step = gptoss::cpu::round_up(bytes / (n_tiles * blocks), 64);
+  for (int64_t index = a.first_panel; index < a.first_panel + a.n_panels; ++index) {
+    const Panel panel = Panel::at(a, index);
+    const bool last = index + 1 == a.first_panel + a.n_panels;
+    for (int64_t i = 0; i < n_tiles; ++i) {
+      const int64_t fetched = i * blocks * step;
+      Ahead ahead = {a.panels + (index + 1) * bytes + fetched, last || fetched >= bytes ? 0 : step};
+      if (n_tiles == 1) ahead = {a.panels + index * bytes + kStreamAhead, step};
+      const int64_t first = gptoss::cpu::tile_start(a.n_tokens, n_tiles, i);
+      const int64_t n = gptoss::cpu::tile_start(a.n_tokens, n_tiles, i + 1) - first;
+      multiply_int8_rest<Panel, kInt8Tile>(a, panel, index, first, n, ahead);
+    }
+  }
+}
+
+static void matmul_int8(const MatmulArgs& a) {
+  if (a.mxfp4)
+    multiply_int8_panels<CodePanel>(a);
+  else
+    multiply_int8_panels<Int8Panel>(a);
+}
+
+}  // namespace
