@@ -7,7 +7,7 @@
 // precision says) itself and sums in float32.
 //
 // The result of a row depends on its own sequence alone, bit for bit: not on other rows, not on how a prompt was cut into
-// steps, not on the number of threads.
+// steps, not on the number of threads. One exception: products of many tokens on sm_90, unless BackendOptions::invariant.
 #pragma once
 #include <algorithm>
 #include <functional>
@@ -82,7 +82,7 @@ struct BackendOptions {
   int threads = 0;               // 0: as many as this process may use
   std::string isa;               // CPU instruction set to force; empty: GPTOSS_ISA, else the best
   int64_t max_batch_tokens = 0;  // rows of the largest step
-  bool invariant = false;  // CUDA: only kernels whose sums do not depend on the shape of the launch. The CPU has no others
+  bool invariant = false;        // a row's bits may not depend on the batch even where that costs speed (CUDA on sm_90)
   Precision precision = Precision::kExact;
 };
 

@@ -46,5 +46,5 @@ def tiny(tiny_path: Path) -> "Iterator[Model]":
     from gptoss import Model
     from small_models import DEVICE
 
-    with Model.load(tiny_path, DEVICE, max_sequences=8, progress=False) as model:
+    with Model.load(tiny_path, DEVICE, max_sequences=8, invariant=True, progress=False) as model:
         yield model

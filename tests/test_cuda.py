@@ -18,6 +18,7 @@ from small_models import (
     random_tokens,
     small,
 )
+from test_ops import assert_no_experts_for_padding
 
 pytestmark = pytest.mark.skipif(DEVICE == "cpu", reason="of the CUDA backend")
 emulated = pytest.mark.skipif(
@@ -27,6 +28,12 @@ emulated = pytest.mark.skipif(
 CONFIG = small(2, hidden_size=64, n_heads=2, n_kv_heads=1, n_experts=4, vocab_size=64)
 LIMITS = {"max_context": 300, "max_sequences": 6, "max_batch_tokens": 160}
 GREEDY = SamplingParams(max_new_tokens=6, temperature=0, ignore_eos=True)
+
+
+@pytest.mark.parametrize("n, padding", [(4, 1), (24, 7), (192, 60), (1100, 300)])
+def test_padding_chooses_no_experts(n: int, padding: int) -> None:
+    """Over the kernels that norm and sort few rows and many."""
+    assert_no_experts_for_padding(_gptoss.Ops(DEVICE), n, padding)
 
 
 @pytest.fixture(scope="module")

@@ -451,7 +451,13 @@ def test_norm_qkv(
 
 
 def run_mlp(
-    ops: _gptoss.Ops, inputs: tuple, experts: dict[str, Tensor], rows: slice, k: int, fused: bool
+    ops: _gptoss.Ops,
+    inputs: tuple,
+    experts: dict[str, Tensor],
+    rows: slice,
+    k: int,
+    fused: bool,
+    padding: int = 0,
 ) -> tuple[Tensor, ...]:
     """The engine's x + moe(norm(x)), norm(x), the chosen experts and their shares."""
     x, norm, router, bias = inputs
@@ -463,8 +469,28 @@ def run_mlp(
         for name in ("gate_up", "down")
         for p in ("blocks", "scales", "bias")
     ]
-    ops.mlp(out, t, ids, weights, norm, 1e-5, router, bias, parts, 7.0, fused)
+    ops.mlp(out, t, ids, weights, norm, 1e-5, router, bias, parts, 7.0, fused, padding)
     return out, t, ids, weights
+
+
+def assert_no_experts_for_padding(ops: _gptoss.Ops, n: int, padding: int) -> None:
+    """Of n rows, the last ones only fill up a batch: no expert is chosen for them, so none is read
+    or added; the others are as ever. (On CUDA.)"""
+    n_experts, hidden, k = 8, 96, 4
+    generator = seeded(n, padding)
+    experts = random_experts(n_experts, hidden, 64, generator)
+    router = normal(n_experts, hidden, generator=generator, std=0.1).bfloat16()
+    x, norm = normal(n, hidden, generator=generator), normal(hidden, generator=generator)
+    inputs = x, norm, router, normal(n_experts, generator=generator)
+    real = n - padding
+    for fused in (True, False):
+        whole = run_mlp(ops, inputs, experts, slice(0, n), k, fused)
+        out, _, ids, weights = run_mlp(ops, inputs, experts, slice(0, n), k, fused, padding)
+        assert torch.equal(out[:real], whole[0][:real])
+        assert torch.equal(ids[:real], whole[2][:real])
+        assert torch.equal(weights[:real], whole[3][:real])
+        assert torch.equal(out[real:], x[real:])
+        assert (ids[real:] == n_experts).all() and not weights[real:].any()
 
 
 MLPS = ((4, 96, 64), (32, 160, 96), (128, 64, 32), (5, 352, 32), (32, 2880, 32))  # E, H, I

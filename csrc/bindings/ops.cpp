@@ -18,11 +18,12 @@ constexpr int64_t kAny = -1;
 
 class Ops {
  public:
-  Ops(const std::string& device, const std::string& isa, int threads, const std::string& precision) {
-    BackendOptions options{device, threads, isa, kMaxRows};
-    options.precision = precision_of(precision);
+  Ops(const std::string& device, const std::string& isa, int threads, const std::string& precision, bool invariant) {
+    const BackendOptions options{device, threads, isa, kMaxRows, invariant, precision_of(precision)};
     backend_ = device == "cpu" ? make_cpu_backend(options) : make_cuda_backend(options);
   }
+
+  std::string isa() const { return backend_->isa(); }
 
   void embed(py::object out, py::object tokens, py::object table) {
     BorrowedTensor out_(out, "out"), tokens_(tokens, "tokens"), table_(table, "table");
@@ -68,6 +69,7 @@ class Ops {
     CHECK(k >= 1 && k <= E, "ids: ", k, " experts of ", E, " asked for");
     weight_.data<uint16_t>(DType::BF16, {E, H});
     reserve(H, H, E, k);
+    begin_rows(n);
     const Buffer in = put(t_, {n, H}), b = put(bias_, {E});
     Buffer chosen = backend_->allocate(n * k * 4), shares = take(n * k);
     backend_->route({chosen.mat<int32_t>(n, k), shares.mat<float>(n, k)}, in.mat<const float>(n, H),
@@ -84,6 +86,7 @@ class Ops {
     const int32_t* chosen = ids_.data<int32_t>(DType::I32, {n, k});
     for (int64_t i = 0; i < n * k; ++i) CHECK(chosen[i] >= 0 && chosen[i] < E, "ids: ", chosen[i], " of ", E, " experts");
     reserve(H, e.down.cols, E, k);
+    begin_rows(n);
     const Buffer in = put(t_, {n, H}), shares = put(weights_, {n, k});
     Buffer residual = put(x_, {n, H}), top = backend_->allocate(n * k * 4);
     backend_->copy_in(top.data(), chosen, n * k * 4);
@@ -138,9 +141,10 @@ class Ops {
            });
   }
 
-  // norm_route and moe_add onto x: t is the normed rows. By the fused operation, or by the narrow ones.
+  // norm_route and moe_add onto x: t is the normed rows. By the fused operation, or by the narrow ones. The last `padding` rows
+  // only fill up the batch.
   void mlp(py::object x, py::object t, py::object ids, py::object weights, py::object norm, float eps, py::object router,
-           py::object router_bias, const std::vector<py::object>& experts, float limit, bool fused) {
+           py::object router_bias, const std::vector<py::object>& experts, float limit, bool fused, int64_t padding) {
     BorrowedTensor x_(x, "x"), t_(t, "t"), ids_(ids, "ids"), weights_(weights, "weights"), norm_(norm, "norm"),
         router_(router, "router"), bias_(router_bias, "router_bias");
     const Experts e = make_experts(experts);
@@ -148,6 +152,7 @@ class Ops {
     CHECK(k >= 1 && k <= E, "ids: ", k, " experts of ", E, " asked for");
     router_.data<uint16_t>(DType::BF16, {E, H});
     reserve(H, e.down.cols, E, k);
+    begin_rows(n - padding);
     const Weight table = make_rows(WeightFormat::kTable, router_);
     const Buffer g = put(norm_, {H}), b = put(bias_, {E});
     Buffer residual = put(x_, {n, H}), normed = take(n * H), chosen = backend_->allocate(n * k * 4), shares = take(n * k);
@@ -293,7 +298,14 @@ class Ops {
     config.intermediate_size = intermediate;
     config.n_experts = experts;
     config.experts_per_token = k;
+    config.n_heads = config.n_kv_heads = 1;
     backend_->reserve(config, {kMaxRows, 1, 1});
+  }
+  // A batch of so many rows, of which nothing else is said.
+  void begin_rows(int64_t n) {
+    Batch batch;
+    batch.tokens.assign(n, 0);
+    backend_->begin(batch);
   }
   Weight make_rows(WeightFormat format, const BorrowedTensor& rows) {
     rows.data<uint16_t>(DType::BF16, {kAny, kAny});
@@ -336,8 +348,9 @@ class Ops {
 
 void bind_ops(py::module_& m) {
   py::class_<Ops>(m, "Ops", "Single operations of a backend, for tests. Results are written into the output tensors.")
-      .def(py::init<const std::string&, const std::string&, int, const std::string&>(), "device"_a = "cpu", "isa"_a = "",
-           "threads"_a = 1, "precision"_a = "exact")
+      .def(py::init<const std::string&, const std::string&, int, const std::string&, bool>(), "device"_a = "cpu", "isa"_a = "",
+           "threads"_a = 1, "precision"_a = "exact", "invariant"_a = true)
+      .def_property_readonly("isa", &Ops::isa)
       .def("embed", &Ops::embed, "out"_a, "tokens"_a, "table"_a)
       .def("rmsnorm", &Ops::rmsnorm, "out"_a, "x"_a, "weight"_a, "eps"_a)
       .def("linear", &Ops::linear, "out"_a, "x"_a, "weight"_a, "bias"_a, "add"_a = false)
@@ -351,7 +364,7 @@ void bind_ops(py::module_& m) {
       .def("qkv_attention", &Ops::qkv_attention, "out"_a, "q"_a, "x"_a, "norm"_a, "eps"_a, "weight"_a, "bias"_a, "positions"_a,
            "sequence_lengths"_a, "sinks"_a, "window"_a, "config"_a, "chunk"_a, "fused"_a)
       .def("mlp", &Ops::mlp, "x"_a, "t"_a, "ids"_a, "weights"_a, "norm"_a, "eps"_a, "router"_a, "router_bias"_a, "experts"_a,
-           "limit"_a, "fused"_a);
+           "limit"_a, "fused"_a, "padding"_a = 0);
 }
 
 }  // namespace gptoss

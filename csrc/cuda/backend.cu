@@ -41,6 +41,7 @@ class CudaBackend final : public Backend {
   CudaBackend(int device, const BackendOptions& options)
       : device_(device), card_(device), max_tokens_(options.max_batch_tokens), max_rows_(max_tokens_) {
     CUDA_CHECK(cudaGetDeviceProperties(&properties_, device));
+    hopper_ = properties_.major == 9 && !options.invariant;
     stream_ = std::make_unique<Stream>();
     batch_copied_ = std::make_unique<Event>();
     stage_ = std::make_unique<Stage>();
@@ -181,12 +182,37 @@ class CudaBackend final : public Backend {
     return result;
   }
 
+  // n rows of x as hopper.cu wants them: row i is row slots[i] / gather of x, or row i where gather is 0.
+  Rounded packed(Rounded x, const int32_t* slots, int32_t gather, int64_t n) {
+    ensure(packed_, n * x.stride * 2);
+    const Rounded result = {packed_.as<uint16_t>(), x.stride};
+    hopper_pack(result, x, slots, gather, batch_.n_rows, n, *stream_);
+    return result;
+  }
+  // As a product of all rows in tiles of so many wants them.
+  Rounded product_input(Mat<const float> t, int64_t tile) {
+    const Rounded rows = rounded_input(t);
+    return tile == kHopperTokens ? packed(rows, nullptr, 0, t.rows) : rows;
+  }
+
   MatmulArgs matmul_args(const Weight& weight, const float* bias, int64_t n) const;
   RopeArgs rope_args(Mat<float> q, const KvLayer& cache, const RopeTable& rope, int64_t kv_heads) const;
   RouteArgs route_args(Routing top, Mat<const float> x, const Weight& weight, const float* bias);
   DispatchArgs dispatch_args(int64_t tile) const;
-  // Slots of a tile of the experts' products, by how many an expert meets on average.
-  int64_t expert_tile(int64_t slots, int64_t experts) const { return matmul_tile(ceil_div(slots, experts), expert_cols_); }
+  // Tokens of a tile, which says what multiplies: kHopperTokens is hopper.cu. Of one matrix; and of the experts', where an
+  // expert's slots on average count.
+  int64_t row_tile(int64_t rows, int64_t cols) const {
+    return hopper_ && hopper_pays(rows, 1) ? kHopperTokens : matmul_tile(rows, cols);
+  }
+  int64_t expert_tile(int64_t slots, int64_t experts) const {
+    return hopper_ && hopper_pays(slots, experts) ? kHopperTokens : matmul_tile(ceil_div(slots, experts), expert_cols_);
+  }
+  void multiply(const MatmulArgs& args, bool mxfp4, Epilogue epilogue, int64_t tile) {
+    if (tile == kHopperTokens)
+      hopper_matmul(args, mxfp4, epilogue, properties_.multiProcessorCount, *stream_);
+    else
+      matmul(args, mxfp4, epilogue, tile, *stream_);
+  }
   void product(Mat<float> out, Mat<const float> t, const Weight& weight, const float* bias, Epilogue epilogue);
   int64_t pages_seen(int64_t window) const;
   void stage_batch(const Batch& batch, int64_t rows);
@@ -203,6 +229,7 @@ class CudaBackend final : public Backend {
   int64_t max_tokens_;
   int64_t max_rows_;           // that a batch of single tokens is filled up to
   int64_t context_pages_ = 0;  // 0: not known
+  bool hopper_ = false;        // products of many tokens are hopper.cu's
   bool replays_ = true;
   bool in_step_ = false;  // of a model: everything has been reserved
   cudaDeviceProp properties_{};
@@ -216,6 +243,7 @@ class CudaBackend final : public Backend {
   Buffer rounded_;  // [n, cols] bfloat16
   const float* rounded_of_ = nullptr;
   int64_t rounded_rows_ = 0, rounded_cols_ = 0;
+  Buffer packed_;                        // [n, cols] or [n k, H] bfloat16, for hopper.cu
   Buffer attention_space_;               // see attention_workspace_bytes
   Buffer slots_, tiles_, n_tiles_;       // [n k]; [tiles]; [1]
   const int32_t* dispatched_ = nullptr;  // the ids that they are sorted by, until the experts have run
@@ -293,6 +321,7 @@ void CudaBackend::for_each_buffer(const ModelConfig& config, const Limits& limit
   const int64_t n = limits.batch_tokens, slots = n * config.experts_per_token;
   take(integers_, batch_integers(limits) * 4);
   take(rounded_, n * round_up(std::max(config.hidden_size, config.q_size()), 64) * 2);
+  if (hopper_) take(packed_, 2 * std::max(slots * round_up(config.hidden_size, 64), n * round_up(config.q_size(), 64)));
   take(slots_, slots * 4);
   take(tiles_, max_tiles(slots, config.n_experts, kNarrowTile) * static_cast<int64_t>(sizeof(TokenTile)));
   take(n_tiles_, 4);
@@ -449,9 +478,10 @@ MatmulArgs CudaBackend::matmul_args(const Weight& weight, const float* bias, int
 void CudaBackend::product(Mat<float> out, Mat<const float> t, const Weight& weight, const float* bias, Epilogue epilogue) {
   use();
   MatmulArgs args = matmul_args(weight, bias, t.rows);
-  args.x = rounded_input(t);
   args.out = out.data;
-  matmul(args, weight.format == WeightFormat::kMxfp4, epilogue, matmul_tile(t.rows, t.cols), *stream_);
+  const int64_t tile = row_tile(t.rows, t.cols);
+  args.x = product_input(t, tile);
+  multiply(args, weight.format == WeightFormat::kMxfp4, epilogue, tile);
   forget(out.data);
 }
 
@@ -476,15 +506,15 @@ void CudaBackend::norm_qkv(Mat<float> q, const KvLayer& cache, Mat<const float> 
   CHECK(weight.order == RowOrder::kRopePairs, "norm_qkv takes a weight whose rows are ordered for the rotation");
   MatmulArgs args = matmul_args(weight, bias, x.rows);
   args.rope = rope_args(q, cache, rope, kv_heads);
-  const int64_t tile = matmul_tile(x.rows, x.cols);
+  const int64_t tile = row_tile(x.rows, x.cols);
   if (tile != kNarrowTile) {
     rmsnorm(t, x, norm.weight, norm.eps, nullptr);
-    args.x = rounded_input({t.data, t.rows, t.cols});
+    args.x = product_input({t.data, t.rows, t.cols}, tile);
   }
   args.residual = x.data;
   args.norm_weight = norm.weight;
   args.eps = norm.eps;
-  matmul(args, false, Epilogue::kRope, tile, *stream_);
+  multiply(args, false, Epilogue::kRope, tile);
   forget(q.data);
 }
 
@@ -537,6 +567,7 @@ RouteArgs CudaBackend::route_args(Routing top, Mat<const float> x, const Weight&
   args.hidden = x.cols;
   args.experts = weight.rows;
   args.k = top.experts.cols;
+  args.n_rows = batch_.n_rows;
   args.logits = router_logits_.as<float>();
   args.counters = counters_.as<unsigned>();
   return args;
@@ -579,14 +610,15 @@ void CudaBackend::moe_add(Mat<float> x, Mat<const float> t, const Routing& top, 
     args.max_tiles = max_tiles(slots, n_experts, tile);
     args.slots = sorted.slots;
     args.choices = static_cast<int32_t>(k);
+    args.n_rows = batch_.n_rows;
     return args;
   };
   MatmulArgs up = grouped(gate_up, experts.gate_up_bias);
-  up.x = rows;
+  up.x = tile == kHopperTokens ? packed(rows, sorted.slots, up.choices, slots) : rows;
   up.gather = true;
   up.hidden = hidden;
   up.limit = experts.swiglu_limit;
-  matmul(up, true, Epilogue::kSwiglu, tile, *stream_);
+  multiply(up, true, Epilogue::kSwiglu, tile);
 
   MatmulArgs last = grouped(down, experts.down_bias);
   last.x = hidden;
@@ -594,7 +626,7 @@ void CudaBackend::moe_add(Mat<float> x, Mat<const float> t, const Routing& top, 
   last.parts = outputs_.as<float>();
   last.shares = top.weights.data;
   last.counters = counters_.as<unsigned>();
-  matmul(last, true, Epilogue::kCombine, tile, *stream_);
+  multiply(last, true, Epilogue::kCombine, tile);
   forget(x.data);
 }
 

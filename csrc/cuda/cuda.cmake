@@ -62,8 +62,8 @@ else()
   set(gptoss_architectures ${GPTOSS_CUDA_ARCHITECTURES})
 endif()
 
-set(gptoss_cuda_kernels csrc/cuda/attention.cu csrc/cuda/backend.cu csrc/cuda/failures.cu csrc/cuda/matmul.cu csrc/cuda/moe.cu
-  csrc/cuda/pointwise.cu csrc/cuda/sample.cu csrc/cuda/weights.cu)
+set(gptoss_cuda_kernels csrc/cuda/attention.cu csrc/cuda/backend.cu csrc/cuda/failures.cu csrc/cuda/hopper.cu csrc/cuda/matmul.cu
+  csrc/cuda/moe.cu csrc/cuda/pointwise.cu csrc/cuda/sample.cu csrc/cuda/weights.cu)
 if(gptoss_cuda STREQUAL "ON")
   if(CMAKE_VERSION VERSION_LESS 3.25)
     message(FATAL_ERROR "GPTOSS_CUDA=ON needs CMake 3.25 or newer, this is ${CMAKE_VERSION}")
@@ -80,7 +80,8 @@ if(gptoss_cuda STREQUAL "ON")
 elseif(gptoss_cuda STREQUAL "EMULATE")
   message(STATUS "CUDA backend: emulated on the CPU")
   set(GPTOSS_CUDA_KIND "emulator")
-  set(GPTOSS_CUDA_SOURCES $<TARGET_OBJECTS:gptoss_cuda> csrc/cuda/emulator/emulator.cpp csrc/cuda/emulator/runtime.cpp)
+  set(GPTOSS_CUDA_SOURCES $<TARGET_OBJECTS:gptoss_cuda> csrc/cuda/emulator/emulator.cpp csrc/cuda/emulator/hopper.cpp
+    csrc/cuda/emulator/runtime.cpp)
 elseif(gptoss_cuda STREQUAL "OFF")
   message(STATUS "CUDA backend: none${gptoss_why}")
   set(GPTOSS_CUDA_KIND "none")

@@ -94,6 +94,7 @@ struct MatmulArgs {
   int64_t max_tiles = 0;             // that there can be
   const int32_t* slots = nullptr;    // [slots] token * k + choice, sorted by expert
   int32_t choices = 0;               // k
+  const int32_t* n_rows = nullptr;   // [1] tokens that are real: only they have slots. null: all
   bool gather = false;               // slot s reads row slots[s] / k, not s
   // kSwiglu
   Rounded hidden;  // [slots, rows / 2]
@@ -114,6 +115,18 @@ inline constexpr int64_t kNarrowTile = 8, kWideTile = 64;
 int64_t matmul_tile(int64_t tokens_a_matrix, int64_t cols);
 int64_t combine_counters(int64_t n, int64_t rows, int64_t tile);
 void matmul(const MatmulArgs& args, bool mxfp4, Epilogue epilogue, int64_t tile, cudaStream_t stream);
+
+// --- hopper.cu ------------------------------------------------------------------------------------------------------
+// The same products for many tokens on a card of compute capability 9.0. Inputs are rows of `x` packed by hopper_pack, one for
+// each row of the result (MatmulArgs::gather is not looked at); kSwiglu leaves its result packed. kCombine is two kernels, and
+// needs no counters.
+inline constexpr int64_t kHopperTokens = 128;        // of a tile
+bool hopper_pays(int64_t tokens, int64_t matrices);  // that share the tokens among them
+// Row i of packed [n, x.stride] is row i of x, or where gather is not 0 row slots[i] / gather; then only the first *n_rows *
+// gather are there, where n_rows is not null.
+void hopper_pack(Rounded packed, Rounded x, const int32_t* slots, int32_t gather, const int32_t* n_rows, int64_t n,
+                 cudaStream_t stream);
+void hopper_matmul(const MatmulArgs& args, bool mxfp4, Epilogue epilogue, int multiprocessors, cudaStream_t stream);
 
 // --- weights.cu -----------------------------------------------------------------------------------------------------
 // The checkpoint's row that is row r of block `block` of 16: rows r and r + 8 are one lane's, and go together where the order
@@ -158,21 +171,22 @@ void attention(const AttentionArgs& args, cudaStream_t stream);
 
 // --- moe.cu ---------------------------------------------------------------------------------------------------------
 struct DispatchArgs {
-  int32_t* slots = nullptr;    // [n k] token * k + choice, sorted by expert
+  int32_t* slots = nullptr;    // [n k] token * k + choice, sorted by expert; those of none are left out
   TokenTile* tiles = nullptr;  // [max_tiles]
   int32_t* n_tiles = nullptr;  // [1]
   int32_t tile = 0;            // slots of one, at most
 };
 
 struct RouteArgs {
-  int32_t* ids = nullptr;            // [n, k]
+  int32_t* ids = nullptr;            // [n, k]; of rows that are not real, `experts`, which stands for none
   float* weights = nullptr;          // [n, k]
   const float* x = nullptr;          // [n, hidden] normed rows, or the residual stream where norm_weight is not null
   const uint16_t* router = nullptr;  // [experts, hidden]
   const float* bias = nullptr;       // [experts]
   int64_t n = 0, hidden = 0, experts = 0, k = 0;
-  float* logits = nullptr;       // [n, experts] work space
-  unsigned* counters = nullptr;  // [n + 1]
+  const int32_t* n_rows = nullptr;  // [1] how many rows are real; null: all
+  float* logits = nullptr;          // [n, experts] work space
+  unsigned* counters = nullptr;     // [n + 1]
   // The norm before, whose result is written too.
   const float* norm_weight = nullptr;  // [hidden]
   float eps = 0;

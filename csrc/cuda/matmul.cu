@@ -15,8 +15,8 @@
 // Bytes: each weight once for every tile of tokens. Operations: 2 rows cols n.
 #include <algorithm>
 
+#include "cuda/matmul.cuh"
 #include "cuda/norm.cuh"
-#include "cuda/rope.cuh"
 
 namespace gptoss::cuda {
 namespace {
@@ -26,13 +26,6 @@ struct Narrow {
 };
 struct Wide {
   static constexpr int kTokens = kWideTile, kWarps = 8, kThreads = kWarps * kWarp, kStages = 4;
-};
-
-// One lane's weights of 16 rows x 64 inputs.
-template <bool kMxfp4>
-struct Group {
-  uint4 v[kMxfp4 ? 1 : 4];
-  uint32_t scales;
 };
 
 template <bool kMxfp4>
@@ -47,23 +40,6 @@ __device__ __forceinline__ void load_codes(Group<kMxfp4>& group, const MatmulArg
 // As arranged for a block: a word a lane of row g.
 __device__ __forceinline__ const uint32_t* scales_of(const MatmulArgs& a, int block) {
   return reinterpret_cast<const uint32_t*>(a.scales) + block * 8;
-}
-
-// 2^(byte - 127); 255 gives infinity.
-__device__ __forceinline__ float scale_of(uint32_t scales, int byte) {
-  const uint32_t exponent = scales >> 8 * byte & 255;
-  return __uint_as_float(exponent ? exponent << 23 : 0x00400000u);
-}
-
-// A word of 8 codes (weights.cu) to 4 pairs of bfloat16.
-__device__ __forceinline__ void decode(uint32_t (&pairs)[4], uint32_t word) {
-  constexpr uint32_t kSigns = 0x80008000u, kValues = 0x01c001c0u, kBoth = kSigns | kValues, kTwoTo126 = 0x7e807e80u;
-  pairs[0] = word & kBoth;
-  pairs[1] = word << 3 & kBoth;
-  pairs[2] = (word << 6 & kValues) | (word << 1 & kSigns);
-  pairs[3] = (word >> 3 & kValues) | (word << 2 & kSigns);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) pairs[i] = multiply_bf16(pairs[i], kTwoTo126);
 }
 
 // acc[t] += group x tokens, 64 inputs. inputs(t, b): this lane's 8 inputs of block b (of 32) of its token in tile t of 8.
@@ -105,60 +81,6 @@ __device__ __forceinline__ void multiply(FragmentC (&acc)[kTiles], const Group<k
 
 __device__ __forceinline__ int64_t input_row(const MatmulArgs& a, const TokenTile& tile, int i) {
   return a.gather ? a.slots[tile.first + i] / a.choices : tile.first + i;
-}
-
-// What the outputs of rows r and r + 8 of a block of 16 need besides their sums. Loaded before the sums are there, which hides
-// the way to memory.
-struct Bias {
-  float low = 0, high = 0;
-};
-__device__ __forceinline__ Bias load_bias(const MatmulArgs& a, int expert, int block, int r) {
-  const int low = source_row(a.order, block, r), high = source_row(a.order, block, r + 8);
-  const float* bias = a.bias + int64_t{expert} * a.rows;
-  return {a.bias && low < a.rows ? bias[low] : 0.f, a.bias && high < a.rows ? bias[high] : 0.f};
-}
-
-// The same of one token; what a kernel before this one wrote.
-struct Before {
-  float low = 0, high = 0;  // kAdd: the residual
-  RopePlace place{};        // kRope
-};
-template <Epilogue kEpilogue>
-__device__ __forceinline__ Before load_before(const MatmulArgs& a, int token, int block, int r) {
-  Before before;
-  if constexpr (kEpilogue == Epilogue::kAdd) {
-    const int low = source_row(a.order, block, r), high = source_row(a.order, block, r + 8);
-    if (low < a.rows) before.low = a.out[int64_t{token} * a.rows + low];
-    if (high < a.rows) before.high = a.out[int64_t{token} * a.rows + high];
-  } else if constexpr (kEpilogue == Epilogue::kRope) {
-    before.place = find_place(a.rope, token, block % 4 * 8 + r);
-  }
-  return before;
-}
-
-// The sums of rows r and r + 8 of a block of 16, for token i of the tile.
-template <Epilogue kEpilogue>
-__device__ __forceinline__ void finish(const MatmulArgs& a, const TokenTile& tile, int i, int block, int r, Bias bias,
-                                       const Before& before, float low, float high) {
-  low += bias.low;
-  high += bias.high;
-  if constexpr (kEpilogue == Epilogue::kSwiglu) {
-    const int p = block * 8 + r;
-    if (p >= a.rows / 2) return;
-    const float gate = low > a.limit ? a.limit : low;  // a NaN stays one
-    const float up = high > a.limit ? a.limit : high < -a.limit ? -a.limit : high;
-    const float value = gate / (1.f + expf(-1.702f * gate)) * (up + 1.f);
-    a.hidden.data[(tile.first + i) * a.hidden.stride + p] = static_cast<uint16_t>(pack_bf16(value, 0.f));
-  } else if constexpr (kEpilogue == Epilogue::kRope) {
-    const int head = block / 4, pair = block % 4 * 8 + r;
-    append_pair(a.rope, before.place, tile.first + i, head, pair, low, high);
-  } else {
-    const int low_row = source_row(a.order, block, r), high_row = source_row(a.order, block, r + 8);
-    float* out =
-        kEpilogue == Epilogue::kCombine ? a.parts + a.slots[tile.first + i] * a.rows : a.out + (tile.first + i) * a.rows;
-    if (low_row < a.rows) out[low_row] = kEpilogue == Epilogue::kAdd ? before.low + low : low;
-    if (high_row < a.rows) out[high_row] = kEpilogue == Epilogue::kAdd ? before.high + high : high;
-  }
 }
 
 // After a block has written its outputs, rows first .. first + n of an expert, for the tokens of its tile: for which of them it
@@ -427,9 +349,7 @@ int64_t combine_counters(int64_t n, int64_t rows, int64_t tile) {
 }
 
 void matmul(const MatmulArgs& args, bool mxfp4, Epilogue epilogue, int64_t tile, cudaStream_t stream) {
-  const bool bf16 = epilogue == Epilogue::kAdd || epilogue == Epilogue::kRope;
-  CHECK(epilogue == Epilogue::kStore || mxfp4 != bf16, "no product of ", mxfp4 ? "MXFP4" : "bfloat16",
-        " weights ends like this");
+  check_epilogue(epilogue, mxfp4);
   switch (epilogue) {
     case Epilogue::kStore:
       return mxfp4 ? start<true, Epilogue::kStore>(args, tile, stream) : start<false, Epilogue::kStore>(args, tile, stream);

@@ -6,7 +6,7 @@
 //   products of 4 of every 128 inputs, the even and the odd ones apart, then lanes are added by halves. Which warp does which
 //   changes no sum. The router's weights are on their way before the kernel that writes x has ended.
 //   Of the blocks of the same tokens, the last to finish takes the k best of each token and their softmax. Of those, where the
-//   batch is not large, the last sorts.
+//   batch is not large, the last sorts. Rows that only fill up a batch choose no experts, so no weights are read for them.
 // dispatch: the sort alone, by one block.
 // Bytes: the router's weights, once from memory, then from the second-level cache.  Operations: 2 n experts hidden.
 #include <algorithm>
@@ -244,8 +244,13 @@ __global__ void __launch_bounds__(kRouteThreads, 2) route_kernel(RouteArgs a, in
   if (thread == 0) *last = comes_last(a.counters + 1 + blockIdx.x, gridDim.y);
   __syncthreads();
   if (!*last) return;
-  for (int64_t row = first + warp; row < first + n_tokens; row += kRouteWarps)
-    choose(a.ids + row * k, a.weights + row * k, a.logits + row * experts, experts, k);
+  const int64_t real = a.n_rows ? *a.n_rows : a.n;
+  for (int64_t row = first + warp; row < first + n_tokens; row += kRouteWarps) {
+    if (row < real)
+      choose(a.ids + row * k, a.weights + row * k, a.logits + row * experts, experts, k);
+    else if (lane < k)
+      a.ids[row * k + lane] = experts, a.weights[row * k + lane] = 0;
+  }
   if (!a.dispatch.slots) return;
   __syncthreads();
   if (thread == 0) *last = gridDim.x == 1 || comes_last(a.counters, gridDim.x);

@@ -213,11 +213,20 @@ class StopMatcher:
         """The text still held back, when no more will come."""
 
 class Ops:
-    """Single operations of a backend, for tests. Results go into the first argument."""
+    """Single operations of a backend, for tests. Results go into the first argument.
+
+    invariant: a row's bits may not depend on how many rows there are (CUDA on sm_90)."""
 
     def __init__(
-        self, device: str = "cpu", isa: str = "", threads: int = 1, precision: str = "exact"
+        self,
+        device: str = "cpu",
+        isa: str = "",
+        threads: int = 1,
+        precision: str = "exact",
+        invariant: bool = True,
     ) -> None: ...
+    @property
+    def isa(self) -> str: ...
     def embed(self, out: DLPackTensor, tokens: DLPackTensor, table: DLPackTensor) -> None:
         """out f32 [n, H] = rows `tokens` i32 [n] of table bf16 [V, H]."""
 
@@ -321,11 +330,13 @@ class Ops:
         experts: list[DLPackTensor],
         limit: float,
         fused: bool,
+        padding: int = 0,
     ) -> None:
         """x f32 [n, H] += `moe` of t = rmsnorm(x, norm f32 [H]) by its `route`, all written.
 
         experts: gate_up blocks, scales, bias, down blocks, scales, bias. By the fused operation for
-        norm and route, or by the narrow ones one after the other.
+        norm and route, or by the narrow ones one after the other. The last `padding` rows only fill
+        up the batch (CUDA): their ids are E, and their x stays.
         """
 
     def mxfp4_linear(

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "check.h"
+#include "cuda/emulator/hopper.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -131,12 +132,6 @@ void prepare(Fiber& fiber, dim3 index) {
   fiber.pointer = frame;
 }
 
-void wait(const uint32_t& generation) {
-  current->waits_for = &generation;
-  current->seen = generation;
-  to_scheduler();
-}
-
 void run_block(const std::vector<int>& order) {
   size_t n_done = 0;
   while (n_done < order.size()) {
@@ -151,7 +146,7 @@ void run_block(const std::vector<int>& order) {
       if (block.error) return;
     }
     if (!moved) {
-      block.error = "a barrier or warp collective that not all threads reach";
+      block.error = "a barrier, warp collective or phase that never ends: not all threads reach it";
       return;
     }
   }
@@ -195,7 +190,9 @@ void launch(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void(
     block.all = Meeting{};
     for (int i = 0; i < threads; ++i) prepare(*block.fibers[i], dim3(i, 0, 0));
     if (shuffled) std::shuffle(order.begin(), order.end(), random);
+    begin_hopper_block(threads);
     run_block(order);
+    if (!block.error) block.error = end_hopper_block();
     if (block.error) {
       const auto waiting = std::count_if(block.fibers.begin(), block.fibers.end(), [](Fiber* f) { return f->waits_for; });
       const auto done = std::count_if(block.fibers.begin(), block.fibers.end(), [](Fiber* f) { return f->done; });
@@ -203,6 +200,17 @@ void launch(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void(
            " of ", threads, " threads wait, ", done, " have returned");
     }
   }
+}
+
+void wait_for_change(const uint32_t& counter) {
+  current->waits_for = &counter;
+  current->seen = counter;
+  to_scheduler();
+}
+
+void stop_block(const char* error) {
+  block.error = error;
+  to_scheduler();
 }
 
 unsigned char* shared_memory() { return block.shared.data(); }
@@ -214,7 +222,7 @@ void barrier() {
     ++meeting.generation;
     return;
   }
-  wait(meeting.generation);
+  wait_for_change(meeting.generation);
 }
 
 void wait_for_previous() { current->has_waited = true; }
@@ -224,8 +232,7 @@ void collective(void* mine, Combine combine) {
   Meeting& meeting = block.warps[thread / 32];
   if (meeting.arrived == 0) meeting.combine = combine;
   if (meeting.combine != combine) {
-    block.error = "two different warp collectives in one warp at a time";
-    to_scheduler();
+    stop_block("two different warp collectives in one warp at a time");
   }
   meeting.lanes[thread % 32] = mine;
   if (++meeting.arrived == 32) {
@@ -234,7 +241,7 @@ void collective(void* mine, Combine combine) {
     ++meeting.generation;
     return;
   }
-  wait(meeting.generation);
+  wait_for_change(meeting.generation);
 }
 
 void copy_async(void* shared, const void* global, int bytes) {

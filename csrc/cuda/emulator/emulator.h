@@ -57,6 +57,10 @@ unsigned char* shared_memory();
 void barrier();
 void wait_for_previous();  // on the card, until the kernel before this one has ended
 
+// For the other parts of the emulator: the running thread goes on when the counter has changed; gives up the block.
+void wait_for_change(const uint32_t& counter);
+void stop_block(const char* error);
+
 // All 32 lanes of the calling warp hand over a pointer; the last to come runs combine(lanes), then all go on.
 using Combine = void (*)(void* const* lanes);
 void collective(void* mine, Combine combine);
