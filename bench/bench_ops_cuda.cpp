@@ -44,9 +44,9 @@ std::vector<Case> cases(const Options& options) {
   };
   for (const std::string& shape : parts(options.at("shape")))
     for (int64_t n : numbers(options.at("tokens"))) {
-      for (const char* op : {"linear_qkv", "linear_o", "moe_add", "rmsnorm", "route"}) add({op, shape, "", n});
+      for (const char* op : {"linear_qkv", "linear_o", "moe_add", "rmsnorm", "norm_route"}) add({op, shape, "", n});
       if (n <= 64) add({"unembedding", shape, "", n});  // the model asks for no more at a time
-      add({"rope_append", shape, "", n, 1, 1024});
+      add({"norm_qkv", shape, "", n, 1, 1024});
       for (int64_t context : numbers(options.at("context")))
         for (int64_t window : {0, 128}) {
           add({"attention", shape, "", n, n, context, window});             // n sequences decode
@@ -102,8 +102,8 @@ int run(int argc, char** argv) {
   cpu::ThreadPool pool(cpu::default_threads());
   const std::string device = make_cuda_backend(backend_options)->device();  // cuda:N
   const CudaLimits limits = measure_cuda(card_of(device));
-  std::printf(options["json"].empty() ? "%.0f GB/s, %.0f TFLOP/s (mma.sync)\n"
-                                      : "{\"bench\": \"limits\", \"gb_per_s\": %.1f, \"mma_tflop_per_s\": %.1f}\n",
+  std::printf(options["json"].empty() ? "%.0f GB/s, %.0f TFLOP/s\n"
+                                      : "{\"bench\": \"limits\", \"gb_per_s\": %.1f, \"tflop_per_s\": %.1f}\n",
               1e-9 * limits.bytes_per_second, 1e-12 * limits.dot_flops);
   for (const Case& c : cases(options)) {
     const auto backend = make_cuda_backend(backend_options);  // its work space is for one shape

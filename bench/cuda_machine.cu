@@ -1,10 +1,11 @@
-// The limits of a card: memory, read 16 bytes a lane by every multiprocessor; and mma.sync, independent chains in registers.
+// The limits of a card: memory, read 16 bytes a lane by every multiprocessor; and products: mma.sync, independent chains in
+// registers, and on sm_90 wgmma, 64 x 128 x 16 at a time by two warpgroups of every multiprocessor.
 #include "cuda_machine.h"
 
 #include <algorithm>
 #include <chrono>
 
-#include "cuda/common.cuh"
+#include "cuda/hopper.cuh"
 #include "cuda/memory.h"
 
 namespace gptoss::bench {
@@ -13,6 +14,7 @@ namespace {
 using namespace gptoss::cuda;
 
 constexpr int kThreads = 512, kLoads = 8, kChains = 8;
+constexpr int kWgmmaShared = 128 * 64 * 2 + 1024;  // and room to align it
 #ifdef GPTOSS_CUDA_EMULATE
 constexpr bool kSmall = true;  // a pass of milliseconds, to see that it runs
 #else
@@ -48,6 +50,31 @@ __global__ void __launch_bounds__(256) mma_kernel(float* sink, int rounds) {
 #pragma unroll
   for (int i = 0; i < kChains; ++i) total += sums[i].v[0] + sums[i].v[3];
   if (total < 0) *sink = total;
+}
+
+// B is 128 tokens x 64 inputs of shared memory, all zero.
+__global__ void __launch_bounds__(256, 1) wgmma_kernel([[maybe_unused]] float* sink, [[maybe_unused]] int rounds) {
+  wait_for_previous();
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+  uint32_t* tokens = shared_memory<uint32_t>();
+  for (int i = static_cast<int>(threadIdx.x); i < kWgmmaShared / 4; i += 256) tokens[i] = 0;
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");  // wgmma reads what these threads wrote
+  __syncthreads();
+  const uint32_t start = (shared_address(tokens) + 1023) / 1024 * 1024,
+                 one[4] = {0x3f803f80u, 0x3f803f80u, 0x3f803f80u, 0x3f803f80u};
+  float sums[64] = {};
+  for (int r = 0; r < rounds; ++r) {
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < kChains; ++i) wgmma<128>(sums, one, operand_b(start, i % 4));
+    wgmma_commit();
+    wgmma_wait<0>();
+  }
+  settle(sums);
+  float total = 0;
+  for (float sum : sums) total += sum;
+  if (total < 0) *sink = total;
+#endif
 }
 
 // xorshift64 (Marsaglia 2003), 16 words a thread: a thread's words are not far apart, threads' starts are.
@@ -101,6 +128,14 @@ CudaLimits measure_cuda(int device) {
   limits.dot_flops = flops / fastest(stream, passes, [&] {
                        launch({dim3(blocks), dim3(256), 0, stream}, mma_kernel, sink.as<float>(), rounds);
                      });
+  if (properties.major == 9 && !kSmall) {
+    const double products = 2.0 * 64 * 128 * 16 * kChains * rounds * 2 * properties.multiProcessorCount;
+    const double seconds = fastest(stream, passes, [&] {
+      launch({dim3(static_cast<unsigned>(properties.multiProcessorCount)), dim3(256), kWgmmaShared, stream}, wgmma_kernel,
+             sink.as<float>(), rounds);
+    });
+    limits.dot_flops = std::max(limits.dot_flops, products / seconds);
+  }
   return limits;
 }
 

@@ -8,7 +8,7 @@ namespace gptoss::bench {
 
 struct CudaLimits {
   double bytes_per_second = 0;  // reading memory far larger than the second-level cache
-  double dot_flops = 0;         // bfloat16 products by mma.sync, sums in float32; a multiplication and its addition are two
+  double dot_flops = 0;  // bfloat16 products (wgmma or mma.sync), sums in float32; a multiplication and its addition are two
 };
 
 // The best of a few passes.

@@ -57,8 +57,10 @@ class Operation {
       attention();
     else if (c.op == "rope_append")
       rope_append();
-    else if (c.op == "route")
-      route();
+    else if (c.op == "norm_qkv")
+      norm_qkv();
+    else if (c.op == "route" || c.op == "norm_route")
+      route(c.op == "norm_route");
     else if (c.op == "rmsnorm")
       rmsnorm();
     else
@@ -84,9 +86,9 @@ class Operation {
   // float32 of +-2^-8 to 2^-4
   Buffer activations(int64_t n) { return random(n * 4, {0x81FFFFFF81FFFFFF, 0x3B8000003B800000}); }
 
-  Weight matrix(WeightFormat format, int64_t rows, int64_t cols) {
+  Weight matrix(WeightFormat format, int64_t rows, int64_t cols, RowOrder order = RowOrder::kPlain) {
     constexpr int64_t kRows = 4096;
-    Weight weight = backend_.make_weight(format, 1, rows, cols, RowOrder::kPlain);
+    Weight weight = backend_.make_weight(format, 1, rows, cols, order);
     std::vector<uint8_t> source(kRows * cols * 2);
     fill_random(pool_, source.data(), source.size(), kRandomBf16, ++seed_);
     for (int64_t first = 0; first < rows; first += kRows)
@@ -210,36 +212,67 @@ class Operation {
     };
   }
 
-  void rope_append() {
-    const int64_t positions = case_.context + n_, pairs = kHeadDim / 2;
-    make_cache();
-    std::vector<float> cos(positions * pairs), sin(positions * pairs);
+  void make_rope() {
+    const int64_t positions = case_.context + n_;
+    std::vector<float> cos(positions * kHeadDim / 2), sin(cos.size());
     fill_rope_table(config_, 0, positions, cos.data(), sin.data());
     for (auto [buffer, table] : {std::pair{&cos_, &cos}, std::pair{&sin_, &sin}}) {
       *buffer = backend_.allocate(table->size() * 4);
       backend_.copy_in(buffer->data(), table->data(), table->size() * 4);
     }
+  }
+  RopeTable rope() const {
+    const int64_t positions = case_.context + n_;
+    return {cos_.mat<const float>(positions, kHeadDim / 2), sin_.mat<const float>(positions, kHeadDim / 2)};
+  }
+
+  void rope_append() {
+    make_cache();
+    make_rope();
     out_ = backend_.allocate(n_ * config_.q_size() * 4);
     cost_.bytes = static_cast<double>(n_ * (4 * (config_.qkv_size() + config_.q_size()) + 4 * config_.kv_size()));
     cost_.in_cache = true;
-    call_ = [=, this](int64_t i) {
-      backend_.rope_append(
-          out_.mat<float>(n_, config_.q_size()), layers_[i % layers_.size()], x_.mat<const float>(n_, config_.qkv_size()),
-          {cos_.mat<const float>(positions, pairs), sin_.mat<const float>(positions, pairs)}, config_.n_kv_heads);
+    call_ = [this](int64_t i) {
+      backend_.rope_append(out_.mat<float>(n_, config_.q_size()), layers_[i % layers_.size()],
+                           x_.mat<const float>(n_, config_.qkv_size()), rope(), config_.n_kv_heads);
     };
   }
 
-  void route() {
+  void norm_qkv() {
+    const int64_t H = config_.hidden_size, rows = config_.qkv_size(), n = copies(rows * H * 2);
+    make_cache();
+    make_rope();
+    for (int64_t i = 0; i < n; ++i) weights_.push_back(matrix(WeightFormat::kBf16, rows, H, RowOrder::kRopePairs));
+    bias_ = activations(std::max(rows, H));
+    out_ = backend_.allocate(n_ * config_.q_size() * 4);
+    normed_ = backend_.allocate(n_ * H * 4);
+    qkv_ = backend_.allocate(n_ * rows * 4);
+    cost_.bytes = static_cast<double>(rows * H * 2 + n_ * (4 * H + 4 * config_.q_size() + 4 * config_.kv_size()));
+    cost_.dot_flops = 2.0 * static_cast<double>(n_ * rows * H);
+    call_ = [=, this](int64_t i) {
+      backend_.norm_qkv(out_.mat<float>(n_, config_.q_size()), layers_[i % layers_.size()], x_.mat<const float>(n_, H),
+                        {bias_.as<float>(), 1e-5f}, weights_[i % n], bias_.as<float>(), rope(), config_.n_kv_heads,
+                        normed_.mat<float>(n_, H), qkv_.mat<float>(n_, rows));
+    };
+  }
+
+  void route(bool norm) {
     const int64_t H = config_.hidden_size, E = config_.n_experts, k = config_.experts_per_token, n = copies(E * H * 2);
     for (int64_t i = 0; i < n; ++i) weights_.push_back(matrix(WeightFormat::kTable, E, H));
-    bias_ = activations(E);
+    bias_ = activations(std::max(E, H));
     ids_ = backend_.allocate(n_ * k * 4);
     top_weights_ = backend_.allocate(n_ * k * 4);
-    cost_.bytes = static_cast<double>(E * H * 2 + n_ * H * 4);
+    normed_ = backend_.allocate(n_ * H * 4);
+    cost_.bytes = static_cast<double>(E * H * 2 + n_ * H * (norm ? 8 : 4));
     cost_.fma_flops = 2.0 * static_cast<double>(n_ * E * H);
     call_ = [=, this](int64_t i) {
-      backend_.route({ids_.mat<int32_t>(n_, k), top_weights_.mat<float>(n_, k)}, x_.mat<const float>(n_, H), weights_[i % n],
-                     bias_.as<float>());
+      const Routing top = {ids_.mat<int32_t>(n_, k), top_weights_.mat<float>(n_, k)};
+      const auto x = x_.mat<const float>(n_, H);
+      const Weight& weight = weights_[i % n];
+      if (norm)
+        backend_.norm_route(top, normed_.mat<float>(n_, H), x, {bias_.as<float>(), 1e-5f}, weight, bias_.as<float>());
+      else
+        backend_.route(top, x, weight, bias_.as<float>());
     };
   }
 
@@ -265,7 +298,7 @@ class Operation {
   std::vector<PageList> pages_;
   std::vector<Weight> weights_;
   std::vector<KvLayer> layers_;
-  Buffer x_, out_, bias_, ids_, top_weights_, keys_, values_, cos_, sin_;
+  Buffer x_, out_, bias_, ids_, top_weights_, normed_, qkv_, keys_, values_, cos_, sin_;
   std::function<void(int64_t)> call_;
   Cost cost_;
 };
