@@ -62,8 +62,9 @@ else()
   set(gptoss_architectures ${GPTOSS_CUDA_ARCHITECTURES})
 endif()
 
-set(gptoss_cuda_kernels csrc/cuda/attention.cu csrc/cuda/backend.cu csrc/cuda/failures.cu csrc/cuda/hopper.cu csrc/cuda/matmul.cu
-  csrc/cuda/moe.cu csrc/cuda/pointwise.cu csrc/cuda/sample.cu csrc/cuda/weights.cu)
+set(gptoss_cuda_kernels csrc/cuda/attention.cu csrc/cuda/backend.cu csrc/cuda/device.cu csrc/cuda/failures.cu
+  csrc/cuda/hopper.cu csrc/cuda/matmul.cu csrc/cuda/moe.cu csrc/cuda/operations.cu csrc/cuda/pointwise.cu csrc/cuda/sample.cu
+  csrc/cuda/step.cu csrc/cuda/weights.cu)
 if(gptoss_cuda STREQUAL "ON")
   if(CMAKE_VERSION VERSION_LESS 3.25)
     message(FATAL_ERROR "GPTOSS_CUDA=ON needs CMake 3.25 or newer, this is ${CMAKE_VERSION}")
