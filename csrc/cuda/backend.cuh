@@ -125,7 +125,7 @@ class CudaBackend final : public Backend {
   std::unique_ptr<Event> batch_copied_;  // the pinned integers may be written again
   Buffer pinned_, integers_;             // of the batch
   DeviceBatch batch_;
-  int64_t longest_ = 0, most_new_ = 0;  // of the batch's sequences: positions, new tokens
+  int64_t longest_ = 0;  // positions of the batch's longest sequence
 
   Buffer rounded_;  // [n, cols] bfloat16
   const float* rounded_of_ = nullptr;

@@ -72,7 +72,7 @@ void CudaBackend::stage_batch(const Batch& batch, int64_t rows) {
   };
   std::vector<int32_t> sequence_of = batch.sequence_of, full_base, window_base, pages = {kScratchPage};
   for (int64_t row = n; row < rows; ++row) sequence_of.push_back(static_cast<int32_t>(row));
-  longest_ = most_new_ = 0;
+  longest_ = 0;
   const auto add = [&](std::vector<int32_t>& base, const PageList& list) {
     base.push_back(static_cast<int32_t>(static_cast<int64_t>(pages.size()) - list.first_page));
     pages.insert(pages.end(), list.pages.begin(), list.pages.end());
@@ -81,7 +81,6 @@ void CudaBackend::stage_batch(const Batch& batch, int64_t rows) {
     add(full_base, *s.full_pages);
     add(window_base, *s.window_pages);
     longest_ = std::max(longest_, s.position + s.n_rows);
-    most_new_ = std::max(most_new_, s.n_rows);
   }
   batch_.n_rows = put({static_cast<int32_t>(n)});
   batch_.tokens = put(batch.tokens, padding);
