@@ -169,6 +169,15 @@ int run(int argc, char** argv) {
   model_options.backend = {options["device"], std::atoi(options["threads"].c_str()), options["isa"],
                            numbers(options["step"]).at(0)};
   model_options.backend.precision = precision_of(options["precision"]);
+  if (options["device"] != "cpu") {  // cache for these rows only: random weights and the limits need room on the card too
+    const auto most = [&](const char* name) {
+      int64_t n = 1;
+      for (int64_t value : numbers(options[name])) n = std::max(n, value);
+      return n;
+    };
+    model_options.max_context = std::max(most("prompt"), most("context") + most("decode") + 2);
+    model_options.max_sequences = most("batch");
+  }
   const auto start = Clock::now();
   Bench bench{random_model(preset(options["shape"], numbers(options["layers"]).at(0)), model_options), options["shape"],
               !options["json"].empty(), nullptr};

@@ -62,8 +62,14 @@ void launch(const Launch& l, void (*kernel)(Parameters...), Arguments... argumen
 #ifdef GPTOSS_CUDA_EMULATE
   const cudaError_t status = emulator::launch_on(l.stream, l.grid, l.block, l.shared_bytes, [=] { kernel(arguments...); });
 #else
-  if (l.shared_bytes > 48 << 10)
-    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(l.shared_bytes)));
+  if (l.shared_bytes > 48 << 10) {
+    // All that the card allows, not what this launch wants: the limit is the kernel's, and another thread's launch of it may
+    // want more at the same time.
+    int device = 0, most = 0;
+    CUDA_CHECK(cudaGetDevice(&device));
+    CUDA_CHECK(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most));
+  }
   cudaLaunchConfig_t config{};
   config.gridDim = l.grid;
   config.blockDim = l.block;

@@ -271,6 +271,7 @@ __device__ __forceinline__ void multiply_tiles(const MatmulArgs& a, const Cut& c
     } else {  // the stages pass
       for (int i = 0; i < inputs; ++i) {
         wait_phase(ring.full(ring.used + i), Ring::parity(ring.used + i));
+        __syncwarp();  // no lane may still wait for a phase when the next but one begins
         if (threadIdx.x % kWarp == 0) arrive(ring.empty(ring.used + i));
       }
     }
