@@ -1,4 +1,4 @@
-#!/bin/sh
+#!/bin/bash
 # Everything that wants a card, in steps of under ten minutes each; nothing is downloaded. From the repository's root:
 #   bench/gpu_check.sh build       the Python module and the benchmarks for the card that is there, in build-gpu/
 #   bench/gpu_check.sh test        all tests of operations, models and generation, on the card
@@ -7,7 +7,7 @@
 #   bench/gpu_check.sh bench120    the same for 120b
 #   bench/gpu_check.sh profile     time and bandwidth of each kernel of a decode step and of a prompt, by Nsight Compute
 # RESULTS=FOLDER writes the rows elsewhere.
-set -eu
+set -euo pipefail
 cd "$(dirname "$0")/.."
 out=build-gpu
 results=${RESULTS:-bench/results}
@@ -58,7 +58,7 @@ profile() {
   export GPTOSS_CUDA_GRAPHS=0
   for work in "--prompt 0 --decode 2" "--prompt 2048 --repeats 1 --decode 0"; do
     ncu --clock-control none --metrics $metrics --csv $forward --shape 20b --layers 2 --device cuda --step 2048 $work
-  done | grep -E '^"' | tee $out/profile.csv
+  done | { grep -E '^"' || true; } | tee $out/profile.csv
 }
 
 case "${1:-}" in

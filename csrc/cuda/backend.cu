@@ -12,6 +12,7 @@ CudaBackend::CudaBackend(int device, const BackendOptions& options)
   hopper_ = properties_.major == 9 && !options.invariant;
   stream_ = std::make_unique<Stream>();
   batch_copied_ = std::make_unique<Event>();
+  samples_copied_ = std::make_unique<Event>();
   stage_ = std::make_unique<Stage>();
   const char* graphs = std::getenv("GPTOSS_CUDA_GRAPHS");
   replays_ = !graphs || std::string(graphs) != "0";
@@ -181,9 +182,9 @@ void CudaBackend::reserve(const ModelConfig& config, const Limits& limits) {
   sample_params_pinned_ = pinned_memory(sample_params_.bytes());
   sample_adjustments_pinned_ = pinned_memory(sample_adjustments_.bytes());
   sample_results_pinned_ = pinned_memory(sample_results_.bytes());
-  CUDA_CHECK(cudaMemsetAsync(hidden_.data(), 0, hidden_.bytes(), *stream_));  // columns past the end stay 0
-  CUDA_CHECK(cudaMemsetAsync(counters_.data(), 0, counters_.bytes(), *stream_));
-  CUDA_CHECK(cudaMemsetAsync(attention_space_.data(), 0, attention_space_.bytes(), *stream_));
+  // Columns past the end stay 0; rows that pad a batch are multiplied though nobody wants them.
+  for (const Buffer* buffer : {&hidden_, &rounded_, &sample_results_, &counters_, &attention_space_})
+    CUDA_CHECK(cudaMemsetAsync(buffer->data(), 0, buffer->bytes(), *stream_));
 }
 
 void CudaBackend::reserve_attention(int64_t rows, int64_t heads, int64_t kv_heads, int64_t context) {

@@ -121,9 +121,9 @@ class CudaBackend final : public Backend {
   bool in_step_ = false;  // of a model: everything has been reserved
   cudaDeviceProp properties_{};
   std::unique_ptr<Stream> stream_;
-  std::unique_ptr<Stage> stage_;         // while loading
-  std::unique_ptr<Event> batch_copied_;  // the pinned integers may be written again
-  Buffer pinned_, integers_;             // of the batch
+  std::unique_ptr<Stage> stage_;                          // while loading
+  std::unique_ptr<Event> batch_copied_, samples_copied_;  // what is pinned may be written again
+  Buffer pinned_, integers_;                              // of the batch
   DeviceBatch batch_;
   int64_t longest_ = 0;  // positions of the batch's longest sequence
 

@@ -59,7 +59,8 @@ if(gptoss_cuda STREQUAL "AUTO")
     set(gptoss_why " (${gptoss_why})")
   endif()
 else()
-  set(gptoss_architectures ${GPTOSS_CUDA_ARCHITECTURES})
+  # 90 without the a has no wgmma, and the kernels that want it would stop.
+  string(REGEX REPLACE "(^|;)90(;|-|$)" "\\190a\\2" gptoss_architectures "${GPTOSS_CUDA_ARCHITECTURES}")
 endif()
 
 set(gptoss_cuda_kernels csrc/cuda/attention.cu csrc/cuda/backend.cu csrc/cuda/device.cu csrc/cuda/failures.cu

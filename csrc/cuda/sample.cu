@@ -413,6 +413,7 @@ int64_t sample_workspace_bytes(int64_t n, int64_t vocab) { return n * row_bytes(
 void sample(SampleResult* results, float* logits, const SampleParams* params, StagedAdjustment* adjustments, void* workspace,
             const int32_t* n_rows, int64_t n, int64_t vocab, cudaStream_t stream) {
   CHECK(vocab <= kMaxVocab, "sampling on the card takes a vocabulary of at most ", kMaxVocab, ", not ", vocab);
+  CHECK(n < 65536, "sampling on the card takes at most 65535 rows at a time, not ", n);
   const unsigned blocks = static_cast<unsigned>(ceil_div(n_groups(vocab), kSummaryThreads / kWarp));
   launch({dim3(blocks, static_cast<unsigned>(n)), dim3(kSummaryThreads), 0, stream}, summarize_kernel, workspace, logits,
          params, adjustments, n_rows, static_cast<int>(vocab));

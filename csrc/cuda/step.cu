@@ -149,11 +149,13 @@ void CudaBackend::ask_samples(const std::vector<SampleRequest>& requests) {
     std::memcpy(pinned.as<uint8_t>() + head_bytes, rest, rest_bytes);
     CUDA_CHECK(cudaMemcpyAsync(device.data(), pinned.data(), head_bytes + rest_bytes, cudaMemcpyHostToDevice, *stream_));
   };
+  samples_copied_->wait();  // the last copies, where a step failed before it took its samples
   const int32_t head[4] = {static_cast<int32_t>(params.size())};
   send(sample_params_pinned_, sample_params_, head, sizeof head, params.data(), params.size() * sizeof(SampleParams));
   if (!adjustments.empty())
-    send(sample_adjustments_pinned_, sample_adjustments_, nullptr, 0, adjustments.data(),
+    send(sample_adjustments_pinned_, sample_adjustments_, head, 0, adjustments.data(),
          adjustments.size() * sizeof(StagedAdjustment));
+  samples_copied_->record(*stream_);
 }
 
 void CudaBackend::draw_samples(Mat<float> logits) {
