@@ -95,9 +95,8 @@ def test_files_give_the_same_logits(tmp_path: Path) -> None:
     tokens = random_tokens(140, config)
     path = write_checkpoint(tmp_path, config, tensors)
     with Model.load(path, DEVICE, invariant=True, progress=False) as model:
-        assert_same_bits(
-            model.forward(tokens.tolist()), core_logits(make_core(config, tensors), tokens)
-        )
+        from_files = model.forward(tokens.tolist())  # on a card, the cache takes what is free
+    assert_same_bits(from_files, core_logits(make_core(config, tensors), tokens))
 
 
 ACCURACY_CONFIGS = {
