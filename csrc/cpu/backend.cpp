@@ -25,7 +25,7 @@ class CpuBackend final : public Backend {
         pool_(options.threads > 0 ? options.threads : default_threads()),
         max_tokens_(options.max_batch_tokens),
         fast_(options.precision == Precision::kFast),
-        tile_(fast_ ? kernels_.int8_tile : kernels_.tile) {}
+        tiles_(fast_ ? kernels_.int8_tiles : kernels_.tiles) {}
 
   std::string device() const override { return "cpu"; }
   std::string isa() const override { return kernels_.name; }
@@ -126,10 +126,11 @@ class CpuBackend final : public Backend {
   }
   void multiply(const MatmulArgs& args) const { fast_ ? kernels_.matmul_int8(args) : kernels_.matmul(args); }
 
-  // Panels a unit of work takes: a few units a thread, so that a slow core takes fewer, each a long stream.
-  int64_t panels_per_unit(int64_t n_panels, int64_t n_tokens) const {
-    const int64_t share = ceil_div(n_panels, pool_.size() * 4);
-    return std::max<int64_t>(1, n_tokens > tile_ ? std::min<int64_t>(share, 8) : share);
+  // Units of work that a product's panels are cut into, as alike in size as can be (tile_start): a few a thread, so that a slow
+  // core takes fewer, each a long stream; for many tokens, of at most 8 panels.
+  int64_t n_units(int64_t n_panels, int64_t n_tokens) const {
+    const int64_t few = pool_.size() * 4;
+    return std::min(n_panels, n_tokens > tiles_.alone ? round_up(ceil_div(n_panels, 8), few) : few);
   }
   const PageList& pages_of(int64_t row, const KvLayer& cache) const {
     const BatchSequence& sequence = batch_->sequences[batch_->sequence_of[row]];
@@ -139,8 +140,8 @@ class CpuBackend final : public Backend {
   const KernelTable& kernels_;
   ThreadPool pool_;
   int64_t max_tokens_;
-  bool fast_;     // products of bytes
-  int64_t tile_;  // tokens of a full tile
+  bool fast_;  // products of bytes
+  TileSizes tiles_;
   const Batch* batch_ = nullptr;
   Buffer packed_;         // token tiles of the product at hand
   Buffer packed_hidden_;  // token tiles between gate_up and down
@@ -235,7 +236,7 @@ void CpuBackend::load_mxfp4_scales(Weight& weight, const HostTensor& scales) {
 // ----------------------------------------------------------------------------------------------------------- products
 
 void CpuBackend::product(Mat<float> out, Mat<const float> t, const Weight& weight, const float* bias, Epilogue epilogue) {
-  const int64_t n = t.rows, tiles = n_tiles(n, tile_);
+  const int64_t n = t.rows, tiles = n_tiles(n, tiles_);
   const bool mxfp4 = weight.format == WeightFormat::kMxfp4;
   pool_.run(tiles, [&](int64_t i, int) {
     const int64_t first = tile_start(n, tiles, i), count = tile_start(n, tiles, i + 1) - first;
@@ -252,11 +253,11 @@ void CpuBackend::product(Mat<float> out, Mat<const float> t, const Weight& weigh
   args.epilogue = epilogue;
   args.out = out.data;
   args.out_stride = out.cols;
-  const int64_t panels = ceil_div(weight.rows, kPanelRows), step = panels_per_unit(panels, n);
-  pool_.run(ceil_div(panels, step), [&](int64_t unit, int) {
+  const int64_t panels = ceil_div(weight.rows, kPanelRows), units = n_units(panels, n);
+  pool_.run(units, [&](int64_t unit, int) {
     MatmulArgs mine = args;
-    mine.first_panel = unit * step;
-    mine.n_panels = std::min(step, panels - mine.first_panel);
+    mine.first_panel = tile_start(panels, units, unit);
+    mine.n_panels = tile_start(panels, units, unit + 1) - mine.first_panel;
     multiply(mine);
   });
 }
@@ -358,7 +359,7 @@ void CpuBackend::group_by_expert(const Routing& top, int64_t n_experts) {
 void CpuBackend::pack_groups(const Buffer& packed, Mat<const float> t, bool by_slot) {
   pool_.run(static_cast<int64_t>(groups_.size()), [&](int64_t g, int) {
     const Group& group = groups_[g];
-    const int64_t tiles = n_tiles(group.n, tile_);
+    const int64_t tiles = n_tiles(group.n, tiles_);
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t first = tile_start(group.n, tiles, i), count = tile_start(group.n, tiles, i + 1) - first;
       const int64_t slot = group.first + first;
@@ -387,12 +388,13 @@ MatmulArgs CpuBackend::expert_product(const Weight& weight, const Group& group, 
 void CpuBackend::swiglu_products(const ExpertWeights& experts, int64_t n_tokens) {
   const Weight& gate_up = *experts.gate_up;
   const int64_t inner = gate_up.rows / 2, panels = ceil_div(gate_up.rows, kPanelRows);
-  const int64_t step = panels_per_unit(panels * groups_.size(), n_tokens), units = ceil_div(panels, step);
-  pool_.run(static_cast<int64_t>(groups_.size()) * units, [&](int64_t unit, int) {
+  const int64_t n_groups = static_cast<int64_t>(groups_.size());
+  const int64_t units = ceil_div(n_units(panels * n_groups, n_tokens), n_groups);  // of an expert
+  pool_.run(n_groups * units, [&](int64_t unit, int) {
     const Group& group = groups_[unit / units];
     MatmulArgs args = expert_product(gate_up, group, packed_);
-    args.first_panel = unit % units * step;
-    args.n_panels = std::min(step, panels - args.first_panel);
+    args.first_panel = tile_start(panels, units, unit % units);
+    args.n_panels = tile_start(panels, units, unit % units + 1) - args.first_panel;
     args.bias = experts.gate_up_bias + group.expert * gate_up.rows;
     args.epilogue = Epilogue::kSwiglu;
     args.packed_out = packed_hidden_.as<uint8_t>() + group.first * token_bytes(inner);
@@ -405,12 +407,12 @@ void CpuBackend::swiglu_products(const ExpertWeights& experts, int64_t n_tokens)
 
 void CpuBackend::down_products(Mat<float> x, const ExpertWeights& experts) {
   const Weight& down = *experts.down;
-  const int64_t panels = ceil_div(down.rows, kPanelRows), step = panels_per_unit(panels, x.rows);
-  pool_.run(ceil_div(panels, step), [&](int64_t unit, int) {
+  const int64_t panels = ceil_div(down.rows, kPanelRows), units = n_units(panels, x.rows);
+  pool_.run(units, [&](int64_t unit, int) {
     for (const Group& group : groups_) {
       MatmulArgs args = expert_product(down, group, packed_hidden_);
-      args.first_panel = unit * step;
-      args.n_panels = std::min(step, panels - args.first_panel);
+      args.first_panel = tile_start(panels, units, unit);
+      args.n_panels = tile_start(panels, units, unit + 1) - args.first_panel;
       args.bias = experts.down_bias + group.expert * down.rows;
       args.epilogue = Epilogue::kAdd;
       args.out = x.data;

@@ -9,12 +9,13 @@
 //              8 inputs are 0 4 1 5 and 2 6 3 7, the order in which MXFP4 nibbles come as bytes
 // In gate_up matrices the 32 rows of a panel are its 16 gates, then its 16 ups.
 //
-// Packed tokens. The other operand is cut into tiles of up to `tile` tokens, as alike in size as can be: [K/2 pairs][tokens of
-// the tile][2], elements rounded to bfloat16, stored as bfloat16 (packed_bytes 2) or as the equal float32 (packed_bytes 4).
-// In products of bytes (precision "fast"): [tokens] float32 that sums start from, 0 or not a number, then K/32 blocks of
-// [tokens] float32 scales, [tokens] int32 corrections (minus the sum of the codes times what the weights' bytes are offset by,
-// 12 or 128), and [8 quads][tokens][4] int8 codes. In an FP4 product the bits of a scale are those of half of it (the weights'
-// bytes are twice the values) less 127 << 23: a block's scale byte << 23 added to them makes the product of both scales.
+// Packed tokens. The other operand is cut into tiles of up to `tile` tokens (up to `alone`, if it is the only one), as alike in
+// size as can be: [K/2 pairs][tokens of the tile][2], elements rounded to bfloat16, stored as bfloat16 (packed_bytes 2) or as
+// the equal float32 (packed_bytes 4). In products of bytes (precision "fast"): [tokens] float32 that sums start from, 0 or not
+// a number, then K/32 blocks of [tokens] float32 scales, [tokens] int32 corrections (minus the sum of the codes times what the
+// weights' bytes are offset by, 12 or 128), and [8 quads][tokens][4] int8 codes. In an FP4 product the bits of a scale are
+// those of half of it (the weights' bytes are twice the values) less 127 << 23: a block's scale byte << 23 added to them makes
+// the product of both scales.
 //
 // Every output is  sum over blocks of 32 inputs ( scale * sum over 16 pairs in order ), whatever the number of tokens, so a
 // token's result never depends on the tile it came in. In products of bytes the 32 are summed in int32, without any rounding.
@@ -39,7 +40,11 @@ constexpr int64_t int8_token_bytes(int64_t cols) { return 4 + cols / 32 * kInt8T
 inline constexpr uint8_t kLeastInt8Scale = 127 - 60, kMostInt8Scale = 127 + 60;
 
 // Tile i of n tokens has those from tile_start(i) to tile_start(i + 1).
-constexpr int64_t n_tiles(int64_t n, int64_t tile) { return (n + tile - 1) / tile; }
+struct TileSizes {
+  int64_t tile;   // tokens of a full tile
+  int64_t alone;  // of one that meets its panel alone: weights then come from memory, which more than one tile would wait for
+};
+constexpr int64_t n_tiles(int64_t n, TileSizes sizes) { return n <= sizes.alone ? 1 : (n + sizes.tile - 1) / sizes.tile; }
 constexpr int64_t tile_start(int64_t n, int64_t tiles, int64_t i) { return n * i / tiles; }
 
 enum class Epilogue {
@@ -85,7 +90,7 @@ struct AttentionArgs {
 
 struct KernelTable {
   const char* name;
-  int64_t tile;          // tokens of a full tile
+  TileSizes tiles;
   int64_t packed_bytes;  // of one packed element
 
   // source: [rows of cols] bfloat16, n_rows <= 32; missing rows become zero.
@@ -98,7 +103,7 @@ struct KernelTable {
   void (*matmul)(const MatmulArgs& args);
 
   // The same for products of bytes; they round to int8, 32 inputs of a row to a scale.
-  int64_t int8_tile;
+  TileSizes int8_tiles;
   void (*pack_int8_panel)(uint8_t* panel, const uint16_t* source, int64_t n_rows, int64_t cols);
   void (*pack_tokens_int8)(void* tile, const float* x, int64_t stride, const int32_t* rows, int64_t n, int64_t cols,
                            bool mxfp4);

@@ -15,14 +15,14 @@
 
 extern "C" const gptoss::cpu::KernelTable NAME_OF(GPTOSS_ISA) = {
     .name = TEXT_OF(GPTOSS_ISA),
-    .tile = kTile,
+    .tiles = {kTile, kTile},
     .packed_bytes = sizeof(Packed),
     .pack_bf16_panel = pack_bf16_panel,
     .pack_mxfp4_blocks = pack_mxfp4_blocks,
     .pack_mxfp4_scales = pack_mxfp4_scales,
     .pack_tokens = pack_tokens,
     .matmul = matmul,
-    .int8_tile = kInt8Tile,
+    .int8_tiles = kInt8Tiles,
     .pack_int8_panel = pack_int8_panel,
     .pack_tokens_int8 = pack_tokens_int8,
     .matmul_int8 = matmul_int8,

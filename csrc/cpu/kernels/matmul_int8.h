@@ -1,7 +1,7 @@
 // The products of matmul.h with bytes for operands: weights of int8 or FP4 panels times tokens rounded to int8.
 //
-// A block of 32 inputs is summed in int32, which is exact; the sum, times both scales, is added to running float32 sums in the
-// first-level cache, block after block. FP4 codes become bytes in registers, anew for each tile of tokens.
+// A block of 32 inputs is summed in int32, which is exact; the sum, times both scales, is added to running float32 sums, block
+// after block. FP4 codes become bytes in registers, anew for each tile of tokens.
 #pragma once
 #include "matmul.h"
 #include "pack_int8.h"
@@ -65,14 +65,15 @@ struct CodePanel {
   INLINE F32 times(F32 exponents, int32_t token_scale) { return add_bits(exponents, token_scale); }
 };
 
-// totals: [2 halves][T][16] = panel x tile
+// totals: [2 halves][T][16] = panel x tile. A block's sums and the running ones stay in registers, as many as there are of
+// both.
 template <class Panel, int T>
 static void int8_panel_times_tile(float* totals, const Panel& panel, const uint8_t* tile, int64_t cols, Ahead ahead) {
   using W = typename Panel::W;
   for (int64_t half = 0; half < 2; half += kInt8Halves) {
-    float* out = totals + half * T * kLanes;
     const float* starts = (const float*)tile;  // [T]
-    for (int64_t i = 0; i < kInt8Halves * T; ++i) store(out + i * kLanes, set1(starts[i % T]));
+    F32 running[kInt8Halves][T];
+    UNROLL for (int t = 0; t < T; ++t) { UNROLL for (int h = 0; h < kInt8Halves; ++h) running[h][t] = set1(starts[t]); }
     const uint8_t* tokens = tile + 4 * T;
     for (int64_t block = 0; block < cols / 32; ++block, tokens += T * kInt8TokenBlockBytes) {
       fetch(ahead);
@@ -83,11 +84,12 @@ static void int8_panel_times_tile(float* totals, const Panel& panel, const uint8
       Panel::template add_block<T>(sums, panel, block, half, (const int8_t*)(corrections + T));
       UNROLL for (int h = 0; h < kInt8Halves; ++h) {
         const F32 weight_scales = Panel::scales(panel, block, half + h);
-        UNROLL for (int t = 0; t < T; ++t) {
-          float* total = out + (h * T + t) * kLanes;
-          store(total, fma(to_float(sums[h][t]), Panel::times(weight_scales, scales[t]), load(total)));
-        }
+        UNROLL for (int t = 0; t < T; ++t) running[h][t] =
+            fma(to_float(sums[h][t]), Panel::times(weight_scales, scales[t]), running[h][t]);
       }
+    }
+    UNROLL for (int h = 0; h < kInt8Halves; ++h) {
+      UNROLL for (int t = 0; t < T; ++t) store(totals + ((half + h) * T + t) * kLanes, running[h][t]);
     }
   }
 }
@@ -123,14 +125,14 @@ static void multiply_int8_rest(const MatmulArgs& a, const Panel& panel, int64_t 
 
 template <class Panel>
 static void multiply_int8_panels(const MatmulArgs& a) {
-  const int64_t n_tiles = gptoss::cpu::n_tiles(a.n_tokens, kInt8Tile);
+  const int64_t n_tiles = gptoss::cpu::n_tiles(a.n_tokens, kInt8Tiles);
   for (int64_t index = a.first_panel; index < a.first_panel + a.n_panels; ++index) {
     const Panel panel = Panel::at(a, index);
     for (int64_t i = 0; i < n_tiles; ++i) {
       const Ahead ahead = ahead_of(a, Panel::bytes(a.cols), index, i, n_tiles);
       const int64_t first = gptoss::cpu::tile_start(a.n_tokens, n_tiles, i);
       const int64_t n = gptoss::cpu::tile_start(a.n_tokens, n_tiles, i + 1) - first;
-      multiply_int8_rest<Panel, kInt8Tile>(a, panel, index, first, n, ahead);
+      multiply_int8_rest<Panel, kInt8Tiles.alone>(a, panel, index, first, n, ahead);
     }
   }
 }

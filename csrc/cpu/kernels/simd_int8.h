@@ -8,6 +8,7 @@
 //   add_bits     adds to the bits of a float32: a whole number << 23 multiplies by a power of two
 //   dot4         acc + the four products, lane by lane; integers, so exact in every set
 #pragma once
+#include "cpu/kernel_table.h"
 #include "simd.h"
 
 namespace {
@@ -19,7 +20,8 @@ namespace {
 
 #if defined(__AVX512BW__)
 // ------------------------------------------------------------------------------------------------------ AVX-512
-constexpr int64_t kInt8Tile = 8, kInt8Halves = 2;
+constexpr gptoss::cpu::TileSizes kInt8Tiles = {6, 8};
+constexpr int64_t kInt8Halves = 2;
 using I32 = __m512i;
 using Quad = __m512i;
 struct CodeWeights {
@@ -80,7 +82,8 @@ INLINE int32_t to_int8(int8_t* out, F32 x) {
 // --------------------------------------------------------------------------------------------------------- AVX2
 // vpmaddubsw adds two products in 16 bits: enough for codes (24 x 127 x 2), and for int8 with the weights' signs moved over to
 // the tokens (127 x 127 x 2), which leaves no offset to take away.
-constexpr int64_t kInt8Tile = 4, kInt8Halves = 1;
+constexpr gptoss::cpu::TileSizes kInt8Tiles = {4, 4};
+constexpr int64_t kInt8Halves = 1;
 struct I32 {
   __m256i lo, hi;
 };
@@ -159,7 +162,8 @@ INLINE int32_t to_int8(int8_t* out, F32 x) {
 
 #else
 // ------------------------------------------------------------------------------------------------- any processor
-constexpr int64_t kInt8Tile = 4, kInt8Halves = 1;
+constexpr gptoss::cpu::TileSizes kInt8Tiles = {4, 4};
+constexpr int64_t kInt8Halves = 1;
 struct I32 {
   int32_t v[16];
 };
