@@ -222,7 +222,7 @@ def test_same_bits_however_it_is_fed(forced_isa: str) -> None:
         assert_same_bits(core_logits(other, tokens), whole)
         assert_same_bits(core_logits(other, tokens[:20], chunk=1), whole[:20])
 
-    first, second = _gptoss.Sequence(core), _gptoss.Sequence(core)
+    first, second = core.new_sequence(), core.new_sequence()
     other_tokens = random_tokens(40, config, seed=1)
     alone = core_logits(core, other_tokens)
     results = [feed(core, [(first, tokens[:100])])[0]]

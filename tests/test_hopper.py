@@ -164,7 +164,7 @@ def test_replayed_steps(tensors: dict[str, Tensor]) -> None:
         MODEL, tensors, invariant=False, max_context=128, max_sequences=72, max_batch_tokens=128
     )
     prompts = [random_tokens(length, MODEL, seed) for seed in range(kinds)]
-    sequences = [_gptoss.Sequence(core) for _ in range(n)]
+    sequences = [core.new_sequence() for _ in range(n)]
     steps = [
         feed(core, [(s, prompts[i % kinds][at : at + 1]) for i, s in enumerate(sequences)])
         for at in range(length)
