@@ -73,7 +73,7 @@ struct Wanted {
 
 // One token of each sequence, all followed by logits: the step of a generation, which a backend may replay as a whole.
 std::vector<std::vector<Sample>> Model::decode(const Batch& batch, const std::vector<StepItem>& items, float* logits,
-                                                 const std::function<void()>& poll) {
+                                               const std::function<void()>& poll) {
   Wanted wanted;
   for (size_t i = 0; i < items.size(); ++i) wanted.add(items, i, static_cast<int64_t>(i));
   const bool samples = !wanted.requests.empty();
@@ -94,7 +94,7 @@ std::vector<std::vector<Sample>> Model::decode(const Batch& batch, const std::ve
 
 // Any other step; logits are computed for some rows at a time.
 std::vector<std::vector<Sample>> Model::prefill(const Batch& batch, const std::vector<StepItem>& items, float* logits,
-                                                  const std::function<void()>& poll) {
+                                                const std::function<void()>& poll) {
   backend_->run(batch, StepEnd::kLayers, [&](int64_t n) { forward(n, poll); });
   std::vector<int32_t> rows;
   std::vector<size_t> item_of;
@@ -173,7 +173,7 @@ Batch Model::make_batch(const std::vector<StepItem>& items) const {
 }
 
 std::vector<std::vector<Sample>> Model::step(const std::vector<StepItem>& items, float* logits,
-                                               const std::function<void()>& poll) {
+                                             const std::function<void()>& poll) {
   check_process();
   std::lock_guard lock(mutex_);
   CHECK(!loader_, "the model is not loaded yet");

@@ -8,6 +8,7 @@ import pytest
 import torch
 from checkpoint_files import write_small
 from gptoss import Model, SamplingParams, _gptoss
+from op_cases import assert_no_experts_for_padding
 from small_models import (
     DEVICE,
     core_fields,
@@ -18,7 +19,6 @@ from small_models import (
     random_tokens,
     small,
 )
-from test_ops import assert_no_experts_for_padding
 
 pytestmark = pytest.mark.skipif(DEVICE == "cpu", reason="of the CUDA backend")
 emulated = pytest.mark.skipif(

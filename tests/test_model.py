@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import reference
 import torch
-from errors import mean_kl, median_error
+from errors import assert_same_bits, mean_kl, median_error
 from gptoss import Model, _gptoss
 from mutations import MUTATIONS, broken
 from reference import ENGINE, EXACT, SINGLE, Config
@@ -37,11 +37,6 @@ ROUNDING_SLACK = 1.25  # how much more than plain torch's own the engine's error
 def cache_bytes_per_token(config: Config) -> int:
     """Of one layer: a bfloat16 key and value of each key/value head."""
     return 2 * 2 * config.n_kv_heads * config.head_dim
-
-
-def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
-    differing = (actual.view(torch.int32) != expected.view(torch.int32)).any(-1).nonzero()
-    assert actual.shape == expected.shape and not len(differing), f"rows {differing.flatten()}"
 
 
 # --- against transformers ------------------------------------------------------------------------

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 from gptoss import _gptoss
+from sampling_cases import assert_drawn_from, probabilities, sampler
 from small_models import CONFIGS, make_core, make_ops, random_tensors, random_tokens
-from test_sampling_core import assert_drawn_from, probabilities, sampler
 from torch import Tensor
 
 SLACK = 1e-6
