@@ -17,6 +17,7 @@ from . import completions, models
 from .driver import Driver
 from .errors import ApiError
 from .metrics import Metrics
+from .prompt_logprobs import PromptScorer
 from .safety import Safety
 from .served import ServedModel
 from .settings import Settings
@@ -68,6 +69,8 @@ def create_app(model: ServedModel, settings: Settings) -> FastAPI:
     app.state.settings = settings
     app.state.driver = driver
     app.state.metrics = metrics
+    app.state.scorer = PromptScorer(model.model)
+    app.state.draining = False
     for part in (models, completions):
         app.include_router(part.router)
     return app

@@ -157,8 +157,9 @@ async def create_completion(request: HttpRequest) -> Response:
 
 async def _whole(request: HttpRequest, call: _Completion, batch: Batch | None) -> dict[str, Any]:
     """The answer as one object."""
-    async for index, events in batch or ():
-        call.choices[index].add(events)
+    if batch is not None:
+        async for index, events in batch:
+            call.choices[index].add(events)
     generation.log_usage(request, usage := call.usage(batch))
     choices = [
         _choice_object(choice, choice.text, choice.finish_reason or "length")

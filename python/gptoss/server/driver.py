@@ -106,12 +106,11 @@ class Driver:
             except Exception as error:
                 self._failures += 1
                 log_failure(logger, "engine step failed", error, with_message=True)
-                self._tell(self._fail_all)
-                self._stopping.wait(0.1 * self._failures)  # not in a tight loop
+                self._tell(self._deliver, {})
+                self._stopping.wait(0.1 * min(self._failures, 10))  # not in a tight loop
                 continue
             self._failures = 0
-            if changed:
-                self._tell(self._deliver, {id(g): g for g, _ in changed})
+            self._tell(self._deliver, {id(g): g for g, _ in changed})
 
     def _tell(self, function: object, *arguments: object) -> None:
         """Call a function in the loop's thread, unless the loop is gone."""
@@ -119,19 +118,20 @@ class Driver:
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(function, *arguments)
 
-    def _deliver(self, generations: dict[int, Generation]) -> None:
-        for key, generation in generations.items():
-            batch = self._batches.get(key)
-            if batch is None:
+    def _deliver(self, changed: dict[int, Generation]) -> None:
+        """After a step: wake those that have tokens, end those that will get none."""
+        for key, batch in list(self._batches.items()):
+            generation = batch.by_id[key]
+            if generation.finish_reason == "error":
+                if generation.error is not None:
+                    log_failure(logger, "generation failed", generation.error)
+                batch.fail(internal_error())
+            elif key not in changed:
                 continue
-            if len(generation.events) > self._settings.max_backlog:
+            elif len(generation.events) > self._settings.max_backlog:
                 batch.fail(ApiError(408, "The answer was not read fast enough.", code="slow_read"))
             else:
                 batch.wake()
-
-    def _fail_all(self) -> None:
-        for batch in set(self._batches.values()):
-            batch.fail(internal_error())
 
 
 class Batch:
@@ -142,6 +142,7 @@ class Batch:
 
     def __init__(self, driver: Driver, generations: list[Generation]) -> None:
         self.generations = generations
+        self.by_id = {id(generation): generation for generation in generations}
         self._driver = driver
         self._changed = asyncio.Event()
         self._error: ApiError | None = None

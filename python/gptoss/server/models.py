@@ -45,15 +45,16 @@ async def get_model(request: Request, name: str) -> Response:
 async def health(request: Request) -> Response:
     """200 while requests are answered; 503 while the server stops or the engine fails."""
     state = request.app.state
-    if not state.driver.healthy:
-        return JSONResponse({"status": "failing"}, 503)
-    return JSONResponse({"status": "ok"})
+    status = "failing" if not state.driver.healthy else "draining" if state.draining else "ok"
+    return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
 
 @router.get("/metrics")
 async def prometheus(request: Request) -> Response:
     """Everything Prometheus may want to know."""
-    return Response(request.app.state.metrics.text(), headers={"content-type": metrics.CONTENT_TYPE})
+    return Response(
+        request.app.state.metrics.text(), headers={"content-type": metrics.CONTENT_TYPE}
+    )
 
 
 @router.post("/tokenize")

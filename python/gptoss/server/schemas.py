@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from ..sampling import MAX_LOGIT_BIASES, MAX_LOGPROBS, MAX_STOP_LENGTH, MAX_STOP_TOKENS, MAX_STOPS
 
@@ -68,7 +68,7 @@ TokenId = Annotated[int, Field(ge=0, le=_MAX_TOKEN_ID)]
 Count = Annotated[int, Field(ge=1, le=MAX_TOKENS)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
 Stops = Annotated[
-    Annotated[list[StopString], FailFast(), Field(max_length=MAX_STOPS)],
+    Annotated[list[StopString], Field(fail_fast=True, max_length=MAX_STOPS)],
     BeforeValidator(_as_stops),
 ]
 Prompts = Annotated[Any, BeforeValidator(_as_prompts)]
@@ -99,7 +99,7 @@ class Sampling(Strict):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
     stop: Stops = []
     stop_token_ids: (
-        Annotated[list[TokenId], FailFast(), Field(max_length=MAX_STOP_TOKENS)] | None
+        Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_STOP_TOKENS)] | None
     ) = None
     ignore_eos: bool | None = None
 
@@ -154,7 +154,7 @@ class ChatRequest(Sampling, _Streamed):
 
     model: ModelName | None = None
     messages: Annotated[
-        list[dict[str, Any]], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES)
+        list[dict[str, Any]], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)
     ]
     max_tokens: Count | None = None
     max_completion_tokens: Count | None = None
@@ -163,7 +163,9 @@ class ChatRequest(Sampling, _Streamed):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     reasoning_effort: Literal["low", "medium", "high"] | None = None
     response_format: dict[str, Any] | None = None
-    tools: Annotated[list[dict[str, Any]], FailFast(), Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[dict[str, Any]], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = (
+        None
+    )
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None  # the format makes one call a turn
     modalities: list[Literal["text"]] | None = None
@@ -196,4 +198,4 @@ class DetokenizeRequest(Strict):
     """Body of POST /detokenize."""
 
     model: ModelName | None = None
-    tokens: Annotated[list[TokenId], FailFast()]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]

@@ -166,9 +166,7 @@ def _bounded_protocol(settings: Settings) -> type[H11Protocol]:
                 response = h11.Response(status_code=error.status, headers=list(headers.items()))
                 for part in (response, h11.Data(data=body), h11.EndOfMessage()):
                     self.transport.write(self.conn.send(part) or b"")
-                self._write_timer = self.loop.call_later(
-                    settings.write_timeout, self._abort_unread
-                )
+                self._write_timer = self.loop.call_later(settings.write_timeout, self._abort_unread)
             self.transport.close()
 
     return BoundedProtocol

@@ -73,7 +73,7 @@ class EventStream(Response):
     What goes wrong after the first byte becomes a last event with OpenAI's error object.
     """
 
-    def __init__(self, events: AsyncGenerator[bytes, None], source: Closable) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], source: Closable | None) -> None:
         """`source`: what the events are made from; closed even if none was ever asked for."""
         super().__init__(media_type="text/event-stream", headers={"cache-control": "no-store"})
         del self.headers["content-length"]
@@ -86,7 +86,8 @@ class EventStream(Response):
             async with aclosing(self._events):
                 await until_gone(receive, self._send(send))
         finally:
-            self._source.close()
+            if self._source is not None:
+                self._source.close()
 
     async def _send(self, send: Send) -> None:
         await send(
