@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import APIRouter
@@ -75,7 +75,9 @@ class _Completion:
         )
         for prompt in body.prompt:
             first = generation.checked("prompt", model.request, prompt, params)
-            self.requests += generation.repeated(first, n)
+            for index in range(n):
+                params_of = generation.with_seed(params, index)
+                self.requests.append(replace(first, params=params_of))
         for index, request in enumerate(self.requests):
             logprobs = None
             if body.logprobs is not None:

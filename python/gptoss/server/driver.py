@@ -77,13 +77,19 @@ class Driver:
             for request in requests:
                 generations.append(self.engine.submit(request))
         except QueueFull:
-            for generation in generations:
-                self.engine.cancel(generation)
+            self._withdraw(generations)
             raise queue_full(self._settings.retry_after) from None
+        except ValueError as error:  # could not run to its end even alone
+            self._withdraw(generations)
+            raise ApiError(400, str(error), code="context_length_exceeded") from None
         batch = Batch(self, generations)
         for generation in generations:
             self._batches[id(generation)] = batch
         return batch
+
+    def _withdraw(self, generations: list[Generation]) -> None:
+        for generation in generations:
+            self.engine.cancel(generation)
 
     def forget(self, generations: Iterable[Generation]) -> None:
         """Nobody waits for these any more: cancel what is not finished."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -12,6 +12,7 @@ from ..engine import Request
 from ..sampling import SamplingParams
 from .errors import ApiError
 from .schemas import Sampling
+from .served import ServedModel
 
 Result = TypeVar("Result")
 
@@ -79,15 +80,63 @@ def sampling(
     )
 
 
-def repeated(request: Request, n: int) -> list[Request]:
-    """`n` answers to one request, each with a seed of its own if it names one."""
-    requests = [request]
-    for index in range(1, n):
-        seed = request.params.seed
-        if seed is not None:
-            seed = (seed + index) % 2**64
-        requests.append(replace(request, params=replace(request.params, seed=seed)))
+def chat_requests(
+    served: ServedModel,
+    body: Sampling,
+    *,
+    messages: Sequence[Mapping[str, Any]],
+    tools: Sequence[Mapping[str, Any]],
+    tool_choice: str | Mapping[str, Any],
+    response_format: Mapping[str, Any] | None,
+    reasoning_effort: str | None,
+    max_new_tokens: int | None,
+    n: int = 1,
+    logprobs: int | None = None,
+) -> list[Request]:
+    """Engine requests for `n` answers to a conversation: rendered, bound by a grammar where a
+    format or a tool choice asks for one, ended by harmony's stop tokens.
+
+    `body.stop` is left out: stop strings are for what the user sees (answers.Answer). Takes a while
+    for long conversations and new schemas: not for the event loop's thread.
+
+    Raises:
+        ApiError: 400 naming the field.
+    """
+    params = sampling(body, max_new_tokens=max_new_tokens, logprobs=logprobs)
+    harmony = served.harmony
+    prompt = checked(
+        None,
+        harmony.render,
+        messages,
+        reasoning_effort=reasoning_effort or "medium",
+        tools=[] if tool_choice == "none" else tools,
+        response_format=response_format,
+    )
+    bound = response_format is not None and response_format.get("type") != "text"
+    if tools or tool_choice not in ("auto", "none"):
+        bound = True
+    requests = []
+    for index in range(n):
+        constraint = None
+        if bound:
+            constraint = checked(None, served.grammar.harmony, response_format, tools, tool_choice)
+        request = checked(
+            "messages",
+            served.model.request,
+            prompt,
+            with_seed(params, index),
+            stop_tokens=harmony.stop_tokens,
+            constraint=constraint,
+        )
+        requests.append(request)
     return requests
+
+
+def with_seed(params: SamplingParams, index: int) -> SamplingParams:
+    """The parameters of answer `index` to one prompt: a seed of its own if one is named."""
+    if index == 0 or params.seed is None:
+        return params
+    return replace(params, seed=(params.seed + index) % 2**64)
 
 
 def checked(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import threading
 import time
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 from ..model import Model
@@ -29,6 +29,10 @@ class ServedModel:
         self.model = model
         self.name = name
         self.created = int(time.time())
+        self._lock = threading.Lock()
+        self._harmony: Harmony | None = None
+        self._grammar: GrammarCompiler | None = None
+        self._cannot_chat = False
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -36,14 +40,17 @@ class ServedModel:
         assert self.model.tokenizer is not None
         return self.model.tokenizer
 
-    @cached_property
-    def _harmony(self) -> Harmony | ValueError:
+    def can_chat(self) -> bool:
+        """Whether the vocabulary is harmony's. Takes a second when first asked."""
         from ..harmony import Harmony
 
-        try:
-            return Harmony.for_tokenizer(self.tokenizer)
-        except ValueError as error:  # not o200k_harmony: a model to try the server with
-            return error
+        with self._lock:
+            if self._harmony is None and not self._cannot_chat:
+                try:
+                    self._harmony = Harmony.for_tokenizer(self.tokenizer)
+                except ValueError:
+                    self._cannot_chat = True
+        return self._harmony is not None
 
     @property
     def harmony(self) -> Harmony:
@@ -52,21 +59,26 @@ class ServedModel:
         Raises:
             ApiError: 400: the vocabulary is not harmony's, so this model cannot chat.
         """
-        if isinstance(self._harmony, ValueError):
+        if not self.can_chat():
             raise ApiError(
                 400,
                 "This model does not have harmony's vocabulary: it can complete, not chat.",
                 code="no_chat",
                 param="model",
             )
+        assert self._harmony is not None
         return self._harmony
 
-    @cached_property
+    @property
     def grammar(self) -> GrammarCompiler:
-        """Compiles JSON schemas and tools to constraints."""
+        """Compiles JSON schemas and tools to constraints. Takes a second or two when first used."""
         from ..grammar import GrammarCompiler
 
-        return GrammarCompiler(self.tokenizer)
+        with self._lock:
+            if self._grammar is None:
+                vocab_size = self.model.config.vocab_size
+                self._grammar = GrammarCompiler(self.tokenizer, vocab_size)
+        return self._grammar
 
     def check_name(self, name: str | None) -> None:
         """Raises ApiError 404 unless `name` is what this model is called, or nothing."""
