@@ -62,7 +62,7 @@ class Engine:
         self.tokenizer = tokenizer
         self.max_sequences = most if max_sequences is None else min(max_sequences, most)
         self.max_waiting = max_waiting
-        self.max_tokens = min(core.max_context, core.full_pages * core.page_tokens)
+        self.max_tokens = core.max_context
         self._core: _gptoss.Core | None = core
         self._vocab_size = core.config.vocab_size
         self._speculate = speculate
@@ -193,7 +193,7 @@ class Engine:
                 for generation, index in list(mine.items()):
                     while generation.events:
                         yield index, generation.events.popleft()
-                    if generation.finish_reason is not None:
+                    if generation.finish_reason is not None and generation.error is None:
                         del mine[generation]
         finally:
             for generation in mine:
@@ -206,8 +206,6 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Counts, for monitoring."""
-        core = self.core
-        pages = core.cache_stats()
         with HeldInterrupts(), self._lock:
             schedule = self._schedule
             return EngineStats(
@@ -219,11 +217,6 @@ class Engine:
                 preemptions=schedule.preemptions,
                 draft_tokens=schedule.draft_tokens,
                 accepted_draft_tokens=schedule.accepted_draft_tokens,
-                full_pages=core.full_pages,
-                full_pages_in_use=pages["full_in_use"],
-                window_pages=core.window_pages,
-                window_pages_in_use=pages["window_in_use"],
-                cached_pages=pages["cached_pages"],
             )
 
     def _generation(self, request: Request) -> Generation:
@@ -303,13 +296,6 @@ class Engine:
                 interrupts.let_through(sequence)
                 try:
                     samples = core.step(plan.items)
-                except _gptoss.CacheFull:
-                    with self._lock:
-                        if plan.drafts:
-                            with_drafts = False
-                        elif not (self._release_ended() or self._schedule.preempt()):
-                            raise
-                    continue
                 except BaseException as error:  # Ctrl-C, or what another signal's handler raised
                     undone = not isinstance(error, Exception) and sequence.length == length
                     raise

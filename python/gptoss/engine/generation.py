@@ -35,9 +35,9 @@ class Generation:
         reused_tokens: how much of the prompt was in the prefix cache.
     """
 
-    # The rest is for the engine: `number` counts submissions; `sequence` is its cache, None while it
-    # waits; `n_read` of its tokens are in there while they are read; `item` is its part of a step
-    # once that is done.
+    # The rest is for the engine: `number` counts submissions; `sequence` is its cache, None while
+    # it waits; `n_read` of its tokens are in there while they are read; `item` is its part of a
+    # step once that is done.
     __slots__ = (
         "_next",
         "_text",

@@ -118,11 +118,6 @@ class EngineStats:
         preemptions: how often a generation gave its cache to older ones.
         draft_tokens: guesses made by speculation.
         accepted_draft_tokens: those that came true.
-        full_pages: pages of the cache for layers that see everything.
-        full_pages_in_use: of those, held by sequences now.
-        window_pages: pages of the cache for window layers.
-        window_pages_in_use: of those, held by sequences now.
-        cached_pages: pages that only the prefix cache holds now.
     """
 
     running: int
@@ -133,8 +128,3 @@ class EngineStats:
     preemptions: int
     draft_tokens: int
     accepted_draft_tokens: int
-    full_pages: int
-    full_pages_in_use: int
-    window_pages: int
-    window_pages_in_use: int
-    cached_pages: int
