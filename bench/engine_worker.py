@@ -45,13 +45,12 @@ class Gptoss:
         checkpoint.load_into(self.core, progress=False)
         self.core.finish_loading()
         self.vocab_size = checkpoint.config.vocab_size
-        self.new_sequence = lambda: _gptoss.Sequence(self.core)
-        self.sequence = self.new_sequence()
+        self.sequence = self.core.new_sequence()
 
     def reset(self) -> None:
         """Starts a new sequence."""
         self.sequence.close()
-        self.sequence = self.new_sequence()
+        self.sequence = self.core.new_sequence()
 
     def feed(self, tokens: list[int], want: int) -> np.ndarray:
         """Appends up to BATCH tokens; the logits wanted, float32 [rows, V]."""

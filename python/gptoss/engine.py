@@ -132,15 +132,14 @@ class Engine:
                     running.append(_Running(self.core, self.tokenizer, *waiting.popleft()))
                 batch = self._plan(running)
                 samples = self.core.step([job.item(count) for job, count in batch])
-                for (job, count), sample in zip(batch, samples, strict=True):
+                for (job, count), drawn in zip(batch, samples, strict=True):
                     job.fed(count)
-                    if sample is None:
-                        continue
-                    event = job.accept(sample)
-                    if event.finish_reason:
-                        job.close()
-                        running.remove(job)
-                    yield job.index, event
+                    for sample in drawn:
+                        event = job.accept(sample)
+                        if event.finish_reason:
+                            job.close()
+                            running.remove(job)
+                        yield job.index, event
         finally:
             for job in running:
                 job.close()
@@ -176,7 +175,7 @@ class _Running:
         self._stops = _StopStrings(request.params.stop)
         self._sampler = make_sampler(core.config.vocab_size, request.params)
         self._sampler.observe_prompt(request.tokens)
-        self._sequence = _gptoss.Sequence(core)
+        self._sequence = core.new_sequence()
 
     def item(self, count: int) -> tuple[_gptoss.Sequence, list[int], int, _gptoss.Sampler | None]:
         """This sequence's part of a step that takes `count` of its pending tokens."""

@@ -229,7 +229,7 @@ class Model:
         import torch
 
         logits = torch.empty(len(tokens), core.config.vocab_size)
-        sequence = _gptoss.Sequence(core)
+        sequence = core.new_sequence()
         try:
             for start in range(0, len(tokens), core.max_batch_tokens):
                 part = slice(start, start + core.max_batch_tokens)
