@@ -79,6 +79,11 @@ class Tokenizer:
         """Number of token ids that have a meaning, the special ones included."""
         return self._backend.get_vocab_size()
 
+    @property
+    def special_token_ids(self) -> frozenset[int]:
+        """Ids of the tokens that are no text, such as <|return|>."""
+        return frozenset(self._added)
+
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text. Nothing is added, and no text becomes a special token.
 
