@@ -11,7 +11,7 @@ import torch
 torch.set_num_threads(1)  # on tensors this small, more threads mostly wait for each other
 
 if TYPE_CHECKING:
-    from gptoss import Model
+    from gptoss import Model, _gptoss
     from gptoss.harmony import Harmony
 
 
@@ -31,6 +31,30 @@ def forced_isa(isa: str, monkeypatch: pytest.MonkeyPatch) -> str:
     if isa in _gptoss.isa_names():
         monkeypatch.setenv("GPTOSS_ISA", isa)
     return isa
+
+
+@pytest.fixture
+def ops(isa: str) -> "_gptoss.Ops":
+    """The engine's single operations on `isa`."""
+    from small_models import make_ops
+
+    return make_ops(isa)
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A small checkpoint of 2 layers in one file, to be spoiled."""
+    from checkpoint_files import write_small
+
+    return write_small(tmp_path / "model")
+
+
+@pytest.fixture
+def sharded(tmp_path: Path) -> Path:
+    """The same in three files with an index."""
+    from checkpoint_files import write_small
+
+    return write_small(tmp_path / "sharded", shards=3)
 
 
 @pytest.fixture(scope="session")

@@ -84,6 +84,11 @@ class Tokenizer:
         """The largest token id that has a meaning."""
         return max(self._backend.get_vocab().values())
 
+    @property
+    def special_token_ids(self) -> frozenset[int]:
+        """Ids of the tokens that are no text, such as <|return|>."""
+        return frozenset(self._added)
+
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text. Nothing is added, and no text becomes a special token.
 
