@@ -14,7 +14,8 @@ pytest.importorskip("fastapi", reason="the server needs the extra `serve`")
 from scripted_core import neighbour
 from server_tools import NAME, Scripted, exchange, scripted, small_tokenizer
 
-TEXT = "The capital of France is Paris."
+JSON = {"content-type": "application/json"}
+TEXT = "The capital of France is Paris, a city on the Seine."
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def post(
     """The JSON that answers a request."""
 
     async def work(client: httpx.AsyncClient) -> Any:
-        response = await client.post(path, json=body)
+        response = await client.post(path, content=json.dumps(body), headers=JSON)
         assert response.status_code == status, response.text
         return response.json()
 
@@ -75,13 +76,19 @@ def test_sixteen_tokens_unless_asked_otherwise(served: Scripted) -> None:
 def test_every_form_of_prompt() -> None:
     served = scripted()  # says prompts backwards
     tokens = served.tokenizer.encode("abc")
-    backwards = "cba"
-    for prompt, n in (("abc", 1), (["abc"], 1), (tokens, 1), ([tokens, tokens], 2), (["abc"] * 3, 3)):
+    backwards = served.tokenizer.decode(tokens[::-1])
+    for prompt, n in (
+        ("abc", 1),
+        (["abc"], 1),
+        (tokens, 1),
+        ([tokens, tokens], 2),
+        (["abc"] * 3, 3),
+    ):
         answer = post(served, {"prompt": prompt})
         assert [c["text"] for c in answer["choices"]] == [backwards] * n
         assert [c["index"] for c in answer["choices"]] == list(range(n))
     answer = post(served, {"prompt": ["abc", "xy"], "n": 2})
-    assert [c["text"] for c in answer["choices"]] == ["cba", "cba", "yx", "yx"]
+    assert [c["text"] for c in answer["choices"]] == [backwards, backwards, "yx", "yx"]
     assert answer["usage"]["prompt_tokens"] == len(tokens) + len(served.tokenizer.encode("xy"))
 
 
@@ -176,7 +183,7 @@ def test_a_long_prompt_is_scored_in_chunks(served: Scripted) -> None:
 
 
 def test_sampling_fields_reach_the_sampler(served: Scripted) -> None:
-    first, second = served.tokenizer.encode(TEXT)[:2]
+    first = served.tokenizer.encode(TEXT)[0]
     biased = {"prompt": "a", "max_tokens": 1, "logit_bias": {str(first): -100}}
     neighbours = served.tokenizer.decode([neighbour(first, served.core.config.vocab_size)])
     assert post(served, biased)["choices"][0]["text"] == neighbours

@@ -32,12 +32,6 @@ def serve(
     max_waiting: Annotated[
         int, typer.Option(min=1, max=65536, help="Requests that may wait; more get a 429.")
     ] = 256,
-    speculate: Annotated[
-        int, typer.Option(min=0, max=16, help="Guess this many tokens from the prompt; 0: off.")
-    ] = 0,
-    prefix_cache: Annotated[
-        bool, typer.Option(help="Keep the cache of prompts for others that begin alike.")
-    ] = True,
     drain: Annotated[
         float, typer.Option(min=0, max=3600, help="Seconds running requests have at shutdown.")
     ] = 30,
@@ -83,12 +77,13 @@ def serve(
         device,
         max_context=max_context,
         max_sequences=max_sequences,
-        max_waiting=max_waiting,
         threads=threads,
         precision=precision,
-        prefix_cache=prefix_cache,
-        speculate=speculate,
         progress=show_progress(quiet),
     ) as loaded:
+        loaded.engine.max_waiting = max_waiting
+        served = ServedModel(loaded, settings.model_name)
+        if served.can_chat():
+            _ = served.grammar  # now, not in the first request that needs it
         set_up_logs("warning" if quiet else "info")
-        run(create_app(ServedModel(loaded, settings.model_name), settings), settings)
+        run(create_app(served, settings), settings)

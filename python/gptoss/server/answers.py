@@ -69,9 +69,7 @@ class Answer:
             return []
         return [each.logprob for each in shown if each.logprob is not None]
 
-    def _add(
-        self, pieces: list[Piece], deltas: list[Delta], logprobs: list[TokenLogprob]
-    ) -> None:
+    def _add(self, pieces: list[Piece], deltas: list[Delta], logprobs: list[TokenLogprob]) -> None:
         for delta in deltas:
             if delta.kind == "content" and self._matcher is not None:
                 text, self.stopped = self._matcher.push(delta.text)

@@ -21,7 +21,7 @@ from .settings import Settings
 if TYPE_CHECKING:
     from asyncio import AbstractEventLoop
 
-_IDLE = 0.5  # seconds between looks at whether to stop
+_IDLE = 0.1  # seconds between looks at whether to stop
 _MAX_FAILURES = 3  # steps in a row, then the server calls itself unhealthy
 
 logger = logging.getLogger(__name__)
@@ -52,6 +52,7 @@ class Driver:
     def start(self) -> None:
         """Begin to step, for the running event loop."""
         self._loop = asyncio.get_running_loop()
+        self._stopping.clear()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
