@@ -5,7 +5,7 @@ import re
 
 import pytest
 from gptoss.harmony import AssistantMessage, Delta, Harmony, StreamParser, ToolCall
-from harmony_answers import call, final, thought, tokens_of
+from harmony_text import call, final, thought, tokens_of
 from o200k import SPECIAL_TOKENS
 
 START = "<|start|>assistant"
@@ -162,7 +162,11 @@ MALFORMED = {
         "<|channel|>commentary to=functions.f <|constrain|>json<|message|>",
         ("", "", [("f", "")]),
     ),
-    "a header cut off": ("<|channel|>commentary to=functions.f", ("", "", [("f", "")])),
+    "a call without a message": (
+        "<|channel|>commentary to=functions.f<|call|>",
+        ("", "", [("f", "{}")]),
+    ),
+    "a header cut off": ("<|channel|>commentary to=functions.get_wea", ("", "", [])),
     "arguments that are no JSON": (call("f", "x = 1\n"), ("", "", [("f", "x = 1\n")])),
     "a built-in tool": (
         "<|channel|>analysis to=python code<|message|>print(1)<|call|>",
@@ -198,7 +202,6 @@ MALFORMED = {
         "user interface design is",
         ("", "user interface design is", []),
     ),
-    "half a character": ("<|channel|>final<|message|>ab", ("", "ab", [])),
 }
 
 

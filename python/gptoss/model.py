@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from os import PathLike
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 from . import _gptoss
 from .engine import (
@@ -22,9 +23,11 @@ from .engine import (
 )
 from .sampling import SamplingParams
 
-if TYPE_CHECKING:  # imported when first needed: both take long
+if TYPE_CHECKING:  # imported when first needed: they take long
     import torch
 
+    from .chat import ChatResult, ChatStream
+    from .harmony import Harmony
     from .tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -216,6 +219,71 @@ class Model:
             ValueError, RuntimeError: as `generate`.
         """
         return self._stream(self.request(prompt, params))
+
+    @overload
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, stream: Literal[False] = False, **options: Any
+    ) -> ChatResult: ...
+
+    @overload
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], *, stream: Literal[True], **options: Any
+    ) -> ChatStream: ...
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        reasoning_effort: str = "medium",
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tool_choice: str | Mapping[str, Any] = "auto",
+        response_format: Mapping[str, Any] | None = None,
+        params: SamplingParams | None = None,
+        date: str | None = None,
+        stream: bool = False,
+    ) -> ChatResult | ChatStream:
+        """The assistant's next answer in a conversation.
+
+        Args:
+            messages: as OpenAI's chat completions has them: dicts with role and content.
+            reasoning_effort: "low", "medium" or "high".
+            tools: OpenAI function tools that the model may call.
+            tool_choice: "auto", "none", "required", or {"type": "function", "function": {"name":
+                ...}}.
+            response_format: {"type": "json_object"}, or {"type": "json_schema", "json_schema":
+                {"name": ..., "schema": ...}}: what the answer must be.
+            params: how to sample; None for the defaults and as many tokens as the context holds.
+                Stop strings are looked for in the answer's content only.
+            date: today as YYYY-MM-DD; None for the system's date.
+            stream: give pieces of the answer as they come, instead of all of it at its end.
+
+        Raises:
+            ValueError: an argument is not as it must be, the conversation does not fit the context,
+                or the checkpoint's tokenizer is not gpt-oss's. Nothing has been computed then.
+            ImportError: the extra `chat` is not installed, or `serve` where a grammar is needed.
+            RuntimeError: as `generate`.
+        """
+        from .chat import ChatStream, chat_request
+
+        prepared = chat_request(
+            self,
+            messages,
+            reasoning_effort=reasoning_effort,
+            tools=() if tools is None else tools,
+            tool_choice=tool_choice,
+            response_format=response_format,
+            params=params,
+            date=date,
+        )
+        answer = ChatStream(self.engine, *prepared)
+        return answer if stream else answer.finish()
+
+    @cached_property
+    def harmony(self) -> Harmony:
+        """The chat format over this checkpoint's tokenizer; ValueError, ImportError as `chat`."""
+        from .harmony import Harmony
+
+        return Harmony.for_tokenizer(self.tokenizer)
 
     def request(
         self,
