@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from os import PathLike
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 from . import _gptoss
 from .engine import (
@@ -26,7 +26,8 @@ from .sampling import SamplingParams
 if TYPE_CHECKING:  # imported when first needed: they take long
     import torch
 
-    from .chat import ChatResult, ChatStream
+    from .chat import ChatOptions, ChatResult, ChatStream
+    from .grammar import GrammarCompiler
     from .harmony import Harmony
     from .tokenizer import Tokenizer
 
@@ -222,40 +223,36 @@ class Model:
 
     @overload
     def chat(
-        self, messages: Sequence[Mapping[str, Any]], *, stream: Literal[False] = False, **options: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        stream: Literal[False] = False,
+        **options: Unpack[ChatOptions],
     ) -> ChatResult: ...
 
     @overload
     def chat(
-        self, messages: Sequence[Mapping[str, Any]], *, stream: Literal[True], **options: Any
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        stream: Literal[True],
+        **options: Unpack[ChatOptions],
     ) -> ChatStream: ...
 
     def chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
-        reasoning_effort: str = "medium",
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        tool_choice: str | Mapping[str, Any] = "auto",
-        response_format: Mapping[str, Any] | None = None,
-        params: SamplingParams | None = None,
-        date: str | None = None,
         stream: bool = False,
+        **options: Unpack[ChatOptions],
     ) -> ChatResult | ChatStream:
         """The assistant's next answer in a conversation.
 
         Args:
             messages: as OpenAI's chat completions has them: dicts with role and content.
-            reasoning_effort: "low", "medium" or "high".
-            tools: OpenAI function tools that the model may call.
-            tool_choice: "auto", "none", "required", or {"type": "function", "function": {"name":
-                ...}}.
-            response_format: {"type": "json_object"}, or {"type": "json_schema", "json_schema":
-                {"name": ..., "schema": ...}}: what the answer must be.
-            params: how to sample; None for the defaults and as many tokens as the context holds.
-                Stop strings are looked for in the answer's content only.
-            date: today as YYYY-MM-DD; None for the system's date.
-            stream: give pieces of the answer as they come, instead of all of it at its end.
+            stream: give an iterator over the pieces of the answer, not the answer at its end.
+            **options: `gptoss.chat.ChatOptions`: reasoning_effort, tools, tool_choice,
+                response_format, params, date.
 
         Raises:
             ValueError: an argument is not as it must be, the conversation does not fit the context,
@@ -265,17 +262,7 @@ class Model:
         """
         from .chat import ChatStream, chat_request
 
-        prepared = chat_request(
-            self,
-            messages,
-            reasoning_effort=reasoning_effort,
-            tools=() if tools is None else tools,
-            tool_choice=tool_choice,
-            response_format=response_format,
-            params=params,
-            date=date,
-        )
-        answer = ChatStream(self.engine, *prepared)
+        answer = ChatStream(self.engine, *chat_request(self, messages, **options))
         return answer if stream else answer.finish()
 
     @cached_property
@@ -284,6 +271,13 @@ class Model:
         from .harmony import Harmony
 
         return Harmony.for_tokenizer(self.tokenizer)
+
+    @cached_property
+    def grammar(self) -> GrammarCompiler:
+        """Grammars over this checkpoint's vocabulary; ImportError without the extra `serve`."""
+        from .grammar import GrammarCompiler
+
+        return GrammarCompiler(self.harmony.tokenizer, self.config.vocab_size)
 
     def request(
         self,
