@@ -73,9 +73,7 @@ class Llama:
         import llama_cpp
 
         self.api = llama_cpp
-        self.quiet = llama_cpp.llama_log_callback(
-            lambda *_: None
-        )  # kept: it must outlive the model
+        self.quiet = llama_cpp.llama_log_callback(lambda *_: None)  # must outlive the model
         llama_cpp.llama_log_set(self.quiet, None)
         llama_cpp.llama_backend_init()
         model_options = llama_cpp.llama_model_default_params()
