@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from . import _gptoss
 from .engine import (
+    MAX_DRAFTS,
     Constraint,
     Engine,
     FinishReason,
@@ -87,6 +88,8 @@ class Model:
         invariant: bool = False,
         threads: int | None = None,
         precision: str = "exact",
+        prefix_cache: bool = True,
+        speculate: int = 0,
         progress: bool = True,
     ) -> Model:
         """Load a checkpoint: a Hugging Face directory or OpenAI's `original/` directory.
@@ -104,6 +107,10 @@ class Model:
             precision: "exact": weights as the checkpoint has them, bfloat16 operands. "fast", on
                 the CPU: attention and unembedding weights rounded to 8 bits, int8 operands; less
                 memory and time, more error (docs/performance.md).
+            prefix_cache: keep pages of the cache that nobody holds any more, for prompts that begin
+                alike. The results are the same.
+            speculate: guess up to this many tokens ahead, 0 to 15, where the last few stood before
+                in prompt or output (docs/python.md); 0 is off. The results are the same.
             progress: show a progress bar on stderr.
 
         Raises:
@@ -117,8 +124,10 @@ class Model:
         max_context = _optional_count("max_context", max_context, 2**31 - 1)
         max_sequences = _optional_count("max_sequences", max_sequences, _MAX_SEQUENCES)
         threads = _optional_count("threads", threads, _MAX_THREADS)
-        if not isinstance(invariant, bool):
-            raise ValueError(f"invariant must be True or False, not {invariant!r}")
+        for name, flag in (("invariant", invariant), ("prefix_cache", prefix_cache)):
+            if not isinstance(flag, bool):
+                raise ValueError(f"{name} must be True or False, not {flag!r}")
+        speculate = _count("speculate", speculate, 0, MAX_DRAFTS)
         if precision not in ("exact", "fast"):
             raise ValueError(f'precision must be "exact" or "fast", not {precision!r}')
         if precision == "fast" and device != "cpu":
@@ -141,10 +150,11 @@ class Model:
             max_sequences=max_sequences or 0,
             invariant=invariant,
             precision=precision,
+            prefix_cache=prefix_cache,
         )
         checkpoint.load_into(core, progress)
         core.finish_loading()
-        return cls(core, tokenizer, checkpoint.eos_token_ids)
+        return cls(core, tokenizer, checkpoint.eos_token_ids, speculate)
 
     @property
     def core(self) -> _gptoss.Core:
@@ -370,8 +380,10 @@ def _device(device: Any) -> str:
 
 
 def _optional_count(name: str, value: Any, most: int) -> int | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not hasattr(value, "__index__") or not 1 <= value <= most:
-        raise ValueError(f"{name} must be an integer from 1 to {most}, not {value!r}")
+    return None if value is None else _count(name, value, 1, most)
+
+
+def _count(name: str, value: Any, least: int, most: int) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__") or not least <= value <= most:
+        raise ValueError(f"{name} must be an integer from {least} to {most}, not {value!r}")
     return int(value)
