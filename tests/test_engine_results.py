@@ -26,11 +26,11 @@ def facts(event: StreamEvent) -> tuple:
 
 def some_requests(draw: random.Random, n: int) -> list[tuple[list[int], SamplingParams]]:
     """Prompts of which many begin alike, of all kinds of parameters."""
-    beginning = [draw.randrange(500) for _ in range(400)]
+    beginning = [draw.randrange(500) for _ in range(256)]
     requests = []
     for i in range(n):
-        tail = [draw.randrange(500) for _ in range(draw.randrange(1, 200))]
-        prompt = beginning[: draw.choice([0, 0, 130, 256, 400])] + tail
+        tail = [draw.randrange(500) for _ in range(draw.randrange(1, 120))]
+        prompt = beginning[: draw.choice([0, 0, 0, 130, 256])] + tail
         fields = draw.choice(
             [
                 {"temperature": 0},
@@ -41,8 +41,8 @@ def some_requests(draw: random.Random, n: int) -> list[tuple[list[int], Sampling
                 {"stop": ["a", "zz"], "stop_token_ids": [3, 4]},
             ]
         )
-        n_new = draw.randrange(1, 250)
-        params = SamplingParams(max_new_tokens=n_new, seed=i, ignore_eos=i % 4 > 0, **fields)
+        n_new = draw.randrange(1, 500)
+        params = SamplingParams(max_new_tokens=n_new, seed=i, ignore_eos=i % 8 > 0, **fields)
         requests.append((prompt, params))
     return requests
 
@@ -62,7 +62,7 @@ def occupy(model: Model, n_tokens: int) -> list:
 def test_nothing_changes_a_result(tiny_path: Path, alone: Model, seed: int, speculate: int) -> None:
     """Requests come, go and are cancelled at random, while pages are short."""
     draw = random.Random(seed)
-    requests = some_requests(draw, 30)
+    requests = some_requests(draw, 20)
     expected = [
         [facts(event) for event in alone.stream(prompt, params)] for prompt, params in requests
     ]
@@ -75,7 +75,7 @@ def test_nothing_changes_a_result(tiny_path: Path, alone: Model, seed: int, spec
             if len(generations) < len(requests) and draw.random() < 0.5:
                 generations.append(engine.submit(model.request(*requests[len(generations)])))
                 got[generations[-1]] = []
-            if generations and draw.random() < 0.02:
+            if generations and draw.random() < 0.01:
                 engine.cancel(draw.choice(generations))
             for generation, event in engine.step():
                 got[generation].append(facts(event))
@@ -88,7 +88,7 @@ def test_nothing_changes_a_result(tiny_path: Path, alone: Model, seed: int, spec
             assert got[generation] == whole[: len(got[generation])]
         else:
             assert got[generation] == whole
-    assert sum(g.finish_reason == "cancelled" for g in generations) < 15
+    assert sum(g.finish_reason == "cancelled" for g in generations) < 12
     assert stats.preemptions > 0 and stats.prefix_tokens_reused > 0
     assert bool(stats.accepted_draft_tokens) == bool(speculate)
 
