@@ -253,3 +253,13 @@ def test_prefix_cache_holds_only_what_came_true() -> None:
     for sequence in (*sequences, again):
         sequence.close()
     assert core.cache_stats()["full_in_use"] == 0
+
+
+def test_pages_of_wrong_guesses_come_back_at_once(core: _gptoss.Core) -> None:
+    prompt, drawing = random_tokens(100, CONFIG).tolist(), sampler(VOCAB, temperature=0.0)
+    ((true, *_),) = one_by_one(core, prompt, drawing, 1)
+    sequence = core.new_sequence()
+    core.step([(sequence, prompt + [(true + 1) % VOCAB] * 60, 1, drawing, 60)])
+    assert sequence.length == 100
+    stats = core.cache_stats()
+    assert (stats["full_in_use"], stats["window_in_use"]) == (1, 1)
