@@ -1,4 +1,4 @@
-"""The client examples of docs/serving.md, run against a server whose model says what they expect."""
+"""The client examples of docs/serving.md, run against a server whose model says what they want."""
 
 import re
 from pathlib import Path
