@@ -45,7 +45,7 @@ function headers(key) {
 async function ask(address, options) {
   let response;
   try {
-    response = await fetch(address, { cache: "no-store", credentials: "omit", ...options });
+    response = await fetch(address, { cache: "no-store", ...options });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new ApiError("The server does not answer. Is it running?", 0);
