@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,11 @@ def parse_arguments() -> argparse.Namespace:
 def run_worker(arguments: argparse.Namespace, engine: str, job: dict[str, Any]) -> dict[str, Any]:
     """Runs one engine in a process of its own. Raises RuntimeError if that fails."""
     python = arguments.llama_python if engine == "llama" else sys.executable
-    job |= {"engine": "llama" if engine == "llama" else "gptoss", "precision": engine}
-    job["threads"] = arguments.threads
+    job = job | {
+        "engine": "llama" if engine == "llama" else "gptoss",
+        "precision": engine,
+        "threads": arguments.threads,
+    }
     done = subprocess.run(
         [python, str(WORKER)], input=json.dumps(job), capture_output=True, text=True, check=False
     )
@@ -98,7 +102,7 @@ def measure_limits(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def compare_speed(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Both engines in turns; prints every run, then medians and ratios."""
+    """All engines in turns; prints every run, then medians and ratios."""
     checkpoint = Path(arguments.checkpoint).resolve()
     gguf = Path(arguments.gguf or f"{checkpoint}.gguf").resolve()
     if not gguf.exists():
@@ -125,10 +129,7 @@ def compare_speed(arguments: argparse.Namespace) -> dict[str, Any]:
                 runs[engine].append(run_worker(arguments, engine, job))
                 print(f"{engine:7}", format_row(runs[engine][-1]["rates"]), flush=True)
     print_medians(runs)
-    return {"threads": arguments.threads} | {
-        "limits": limits,
-        "runs": runs,
-    }
+    return {"threads": arguments.threads, "limits": limits, "runs": runs}
 
 
 def format_row(values: dict[str, float]) -> str:
@@ -207,8 +208,6 @@ def divergences(arguments: argparse.Namespace, checkpoint: Path, gguf: Path) -> 
 def read_reference(checkpoint: Path) -> tuple[Any, dict[str, Any]]:
     """The configuration and tensors as tests/reference.py takes them."""
     sys.path.insert(0, str(HERE.parent / "tests"))
-    from dataclasses import fields
-
     from gptoss.checkpoint import open_checkpoint
     from reference import Config
     from safetensors.torch import load_file

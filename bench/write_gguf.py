@@ -180,11 +180,22 @@ def describe(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
 
 
 def write_gguf(checkpoint_path: str | Path, out: str | Path) -> Path:
-    """Writes the checkpoint as one GGUF file, tensor by tensor; at most one is in memory."""
+    """Writes the checkpoint as one GGUF file, tensor by tensor; at most one is in memory. If
+    anything stops it, nothing is left."""
     checkpoint = open_checkpoint(checkpoint_path)
     checkpoint.check()
     partial = Path(f"{out}.partial")
-    writer = gguf.GGUFWriter(partial, "gpt-oss")
+    try:
+        write_tensors(partial, checkpoint)
+        return partial.rename(out)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_tensors(path: Path, checkpoint: Checkpoint) -> None:
+    """Writes the file: metadata, then every tensor as it is made."""
+    writer = gguf.GGUFWriter(path, "gpt-oss")
     describe(writer, checkpoint)
     tensors = list(outputs(Source(checkpoint)))
     for tensor in tensors:
@@ -197,7 +208,6 @@ def write_gguf(checkpoint_path: str | Path, out: str | Path) -> Path:
     for tensor in tensors:
         writer.write_tensor_data(np.ascontiguousarray(tensor.make()))
     writer.close()
-    return partial.rename(out)
 
 
 if __name__ == "__main__":

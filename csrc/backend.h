@@ -1,10 +1,10 @@
 // What a backend does: memory, weights in its own arrangement, and a dozen coarse operations.
 //
 // The model (model.cpp) is written once against this interface. Choosing a kernel for one token or a thousand, grouping
-// tokens by expert and rounding operands happen below it. Operations run in order on the backend's one stream; none
-// allocates or waits for the host, so that a step of a known kind can be recorded and replayed. Outputs come first, then
-// inputs. Activations are float32; an operation that multiplies matrices rounds its activations to bfloat16 (or int8, as the
-// precision says) itself and sums in float32.
+// tokens by expert and rounding operands happen below it. Operations run in order on the backend's one stream. None takes
+// memory, and none waits for the stream's work but take_samples, which brings the tokens to the host: so a step of a known kind
+// can be recorded and replayed. Outputs come first, then inputs. Activations are float32; an operation that multiplies matrices
+// rounds its activations to bfloat16 (or int8, as the precision says) itself and sums in float32.
 //
 // The result of a row depends on its own sequence alone, bit for bit: not on other rows, not on how a prompt was cut into
 // steps, not on the number of threads. One exception: products of many tokens on sm_90, unless BackendOptions::invariant.

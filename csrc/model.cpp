@@ -72,8 +72,8 @@ struct Wanted {
 }  // namespace
 
 // One token of each sequence, all followed by logits: the step of a generation, which a backend may replay as a whole.
-std::vector<std::optional<Sample>> Model::decode(const Batch& batch, const std::vector<StepItem>& items, float* logits,
-                                                 const std::function<void()>& poll) {
+std::vector<std::vector<Sample>> Model::decode(const Batch& batch, const std::vector<StepItem>& items, float* logits,
+                                               const std::function<void()>& poll) {
   Wanted wanted;
   for (size_t i = 0; i < items.size(); ++i) wanted.add(items, i, static_cast<int64_t>(i));
   const bool samples = !wanted.requests.empty();
@@ -85,16 +85,16 @@ std::vector<std::optional<Sample>> Model::decode(const Batch& batch, const std::
   });
   const auto rows = logits_.mat<float>(batch.n_tokens(), config_.vocab_size);
   if (logits) backend_->copy_out(logits, rows.data, rows.size() * sizeof(float));
-  std::vector<std::optional<Sample>> result(items.size());
+  std::vector<std::vector<Sample>> result(items.size());
   if (!samples) return result;
   std::vector<Sample> drawn = backend_->take_samples({rows.data, rows.rows, rows.cols});
-  for (size_t i = 0; i < drawn.size(); ++i) result[wanted.items[i]] = std::move(drawn[i]);
+  for (size_t i = 0; i < drawn.size(); ++i) result[wanted.items[i]].push_back(std::move(drawn[i]));
   return result;
 }
 
 // Any other step; logits are computed for some rows at a time.
-std::vector<std::optional<Sample>> Model::prefill(const Batch& batch, const std::vector<StepItem>& items, float* logits,
-                                                  const std::function<void()>& poll) {
+std::vector<std::vector<Sample>> Model::prefill(const Batch& batch, const std::vector<StepItem>& items, float* logits,
+                                                const std::function<void()>& poll) {
   backend_->run(batch, StepEnd::kLayers, [&](int64_t n) { forward(n, poll); });
   std::vector<int32_t> rows;
   std::vector<size_t> item_of;
@@ -109,7 +109,7 @@ std::vector<std::optional<Sample>> Model::prefill(const Batch& batch, const std:
   }
 
   const int64_t n_rows = static_cast<int64_t>(rows.size()), V = config_.vocab_size;
-  std::vector<std::optional<Sample>> result(items.size());
+  std::vector<std::vector<Sample>> result(items.size());
   for (int64_t begin = 0; begin < n_rows; begin += Limits::kPromptLogitRows) {
     const auto out = logits_.mat<float>(std::min(Limits::kPromptLogitRows, n_rows - begin), V);
     Wanted wanted;
@@ -121,7 +121,7 @@ std::vector<std::optional<Sample>> Model::prefill(const Batch& batch, const std:
     if (logits) backend_->copy_out(logits + begin * V, out.data, out.size() * sizeof(float));
     if (!samples) continue;
     std::vector<Sample> drawn = backend_->take_samples({out.data, out.rows, V});
-    for (size_t i = 0; i < drawn.size(); ++i) result[wanted.items[i]] = std::move(drawn[i]);
+    for (size_t i = 0; i < drawn.size(); ++i) result[wanted.items[i]].push_back(std::move(drawn[i]));
   }
   return result;
 }
@@ -172,8 +172,8 @@ Batch Model::make_batch(const std::vector<StepItem>& items) const {
   return batch;
 }
 
-std::vector<std::optional<Sample>> Model::step(const std::vector<StepItem>& items, float* logits,
-                                               const std::function<void()>& poll) {
+std::vector<std::vector<Sample>> Model::step(const std::vector<StepItem>& items, float* logits,
+                                             const std::function<void()>& poll) {
   check_process();
   std::lock_guard lock(mutex_);
   CHECK(!loader_, "the model is not loaded yet");
@@ -187,11 +187,11 @@ std::vector<std::optional<Sample>> Model::step(const std::vector<StepItem>& item
     const Batch batch = make_batch(items);
     const bool decodes = batch.is_decode() && std::all_of(items.begin(), items.end(),
                                                           [](const StepItem& item) { return item.want != Want::kNothing; });
-    std::vector<std::optional<Sample>> samples =
+    std::vector<std::vector<Sample>> samples =
         decodes ? decode(batch, items, logits, poll) : prefill(batch, items, logits, poll);
     for (size_t i = 0; i < items.size(); ++i) {
       cache_->commit(items[i].sequence->cache_, static_cast<int64_t>(items[i].tokens.size()));
-      if (samples[i]) items[i].sampler->record(samples[i]->token);
+      for (const Sample& sample : samples[i]) items[i].sampler->record(sample.token);
     }
     return samples;
   } catch (...) {

@@ -62,9 +62,9 @@ class Model : public std::enable_shared_from_this<Model> {
   void finish_loading();
 
   // Runs the items' tokens through the model. Wanted rows of logits, [vocab] each, go to `logits` in order if it is not null.
-  // Returns one sample for each item with a sampler. On any exception every sequence and sampler is as it was.
-  // `poll` is called between layers and may throw.
-  std::vector<std::optional<Sample>> step(const std::vector<StepItem>& items, float* logits, const std::function<void()>& poll);
+  // Returns the samples of each item: one with a sampler, none without. On any exception every sequence and sampler is as it
+  // was. `poll` is called between layers and may throw.
+  std::vector<std::vector<Sample>> step(const std::vector<StepItem>& items, float* logits, const std::function<void()>& poll);
 
   int64_t weight_bytes() const { return plan_.weight_bytes; }
   int64_t workspace_bytes() const { return plan_.workspace_bytes; }
@@ -79,10 +79,10 @@ class Model : public std::enable_shared_from_this<Model> {
   // x_ -> logits_: n rows, normed and unembedded; all of the batch, or those listed.      rows: [n] or null
   void unembed(int64_t n, const int32_t* rows);
   // Both run the batch, write the logits that are wanted to `logits` where it is not null, and draw samples.
-  std::vector<std::optional<Sample>> decode(const Batch& batch, const std::vector<StepItem>& items, float* logits,
-                                            const std::function<void()>& poll);
-  std::vector<std::optional<Sample>> prefill(const Batch& batch, const std::vector<StepItem>& items, float* logits,
-                                             const std::function<void()>& poll);
+  std::vector<std::vector<Sample>> decode(const Batch& batch, const std::vector<StepItem>& items, float* logits,
+                                          const std::function<void()>& poll);
+  std::vector<std::vector<Sample>> prefill(const Batch& batch, const std::vector<StepItem>& items, float* logits,
+                                           const std::function<void()>& poll);
   void check_process() const;
   void extend_rope_table(int64_t end);
   std::vector<std::pair<Buffer*, int64_t>> work_space(const Limits& limits);  // and how many floats each is to be

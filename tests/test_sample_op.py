@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 from gptoss import _gptoss
+from sampling_cases import assert_drawn_from, probabilities, sampler
 from small_models import CONFIGS, make_core, make_ops, random_tensors, random_tokens
-from test_sampling_core import assert_drawn_from, probabilities, sampler
 from torch import Tensor
 
 SLACK = 1e-6
@@ -341,7 +341,7 @@ def test_model_samples_as_its_logits_say() -> None:
     config = CONFIGS["one_layer"]
     core = make_core(config, random_tensors(config))
     vocab, settings = config.vocab_size, ({}, {"temperature": 0.0}, {"top_p": 0.7, "logprobs": 3})
-    sequences = [_gptoss.Sequence(core) for _ in settings]
+    sequences = [core.new_sequence() for _ in settings]
     samplers = [
         sampler(vocab, **({"seed": i, "presence_penalty": 0.7} | options))
         for i, options in enumerate(settings)
@@ -352,7 +352,7 @@ def test_model_samples_as_its_logits_say() -> None:
     for _ in range(6):
         logits = torch.empty(3, vocab)
         items = [(sequences[i], tokens[i], 1, samplers[i]) for i in range(3)]
-        for i, got in enumerate(core.step(items, logits)):
+        for i, (got,) in enumerate(core.step(items, logits)):
             lengths[i] += len(tokens[i])
             options = {k: v for k, v in settings[i].items() if k != "logprobs"}
             options |= {"presence_penalty": 0.7, "output": list(outputs[i])}

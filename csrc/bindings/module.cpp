@@ -65,7 +65,17 @@ std::vector<int32_t> token_list(py::handle tokens) {
   return ids;
 }
 
-py::list step(Model& model, const py::list& items, const py::object& logits) {
+void allow(Sampler& sampler, const py::object& mask) {
+  if (mask.is_none()) return sampler.allow(nullptr);
+  const int64_t words = Sampler::mask_words(sampler.vocab_size());
+  CHECK(py::isinstance<py::buffer>(mask), "mask must be None or an array of uint32");
+  const py::buffer_info info = py::reinterpret_borrow<py::buffer>(mask).request();
+  CHECK(info.ndim == 1 && info.item_type_is_equivalent_to<uint32_t>() && info.strides[0] == 4 && info.size == words,
+        "mask must be a contiguous one-dimensional uint32 array of ", words, " words, one bit for each token");
+  sampler.allow(static_cast<const uint32_t*>(info.ptr));
+}
+
+std::vector<std::vector<Sample>> step(Model& model, const py::list& items, const py::object& logits) {
   std::vector<StepItem> steps;
   int64_t n_wanted = 0;
   for (py::handle entry : items) {
@@ -81,15 +91,9 @@ py::list step(Model& model, const py::list& items, const py::object& logits) {
     out.emplace(logits, "logits");
     rows = out->data<float>(DType::F32, {n_wanted, model.config().vocab_size});
   }
-  std::vector<std::optional<Sample>> samples;
-  {
-    py::gil_scoped_release release;
-    SignalPoll poll;
-    samples = model.step(steps, rows, std::ref(poll));
-  }
-  py::list result;
-  for (std::optional<Sample>& sample : samples) result.append(sample ? py::cast(std::move(*sample)) : py::none());
-  return result;
+  py::gil_scoped_release release;
+  SignalPoll poll;
+  return model.step(steps, rows, std::ref(poll));
 }
 
 void bind_config(py::module_& m) {
@@ -176,6 +180,7 @@ void bind_sampling(py::module_& m) {
              sampler.observe_prompt(ids.data(), static_cast<int64_t>(ids.size()));
            })
       .def("record", &Sampler::record, "token"_a)
+      .def("allow", &allow, "mask"_a)
       .def(
           "sample",
           [](const Sampler& sampler, py::object logits, int64_t position) {
@@ -199,7 +204,6 @@ void bind_sampling(py::module_& m) {
 
 void bind_core(py::module_& m) {
   py::class_<PySequence>(m, "Sequence")
-      .def(py::init([](std::shared_ptr<Model> core) { return std::make_unique<PySequence>(std::move(core)); }), "core"_a)
       .def_property_readonly("length", [](PySequence& s) { return s.get().length(); })
       .def(
           "truncate", [](PySequence& s, int64_t length) { s.get().truncate(length); }, "length"_a,
@@ -231,6 +235,7 @@ void bind_core(py::module_& m) {
           },
           "name"_a, "tensor"_a)
       .def("finish_loading", &Model::finish_loading, py::call_guard<py::gil_scoped_release>())
+      .def("new_sequence", [](std::shared_ptr<Model> model) { return std::make_unique<PySequence>(std::move(model)); })
       .def("step", &step, "items"_a, "logits"_a = py::none())
       .def("memory",
            [](const Model& model) {

@@ -134,7 +134,8 @@ void CudaBackend::ask_samples(const std::vector<SampleRequest>& requests) {
   std::vector<StagedAdjustment> adjustments;
   for (const SampleRequest& request : requests)
     params.push_back(stage_sample(adjustments, *request.sampler, request.row, request.position));
-  samples_on_host_ = std::ssize(adjustments) > kMostAdjustments;
+  const auto masked = [](const SampleRequest& request) { return !request.sampler->mask().empty(); };
+  samples_on_host_ = std::ssize(adjustments) > kMostAdjustments || std::any_of(requests.begin(), requests.end(), masked);
   if (samples_on_host_) {
     params.clear();
     adjustments.clear();

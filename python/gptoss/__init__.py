@@ -14,14 +14,30 @@ from typing import TYPE_CHECKING, Any
 from ._gptoss import __version__
 
 if TYPE_CHECKING:
-    from .engine import StreamEvent, Timings, TokenLogprob
+    from .engine import (
+        Constraint,
+        Engine,
+        EngineStats,
+        Generation,
+        QueueFull,
+        Request,
+        StreamEvent,
+        Timings,
+        TokenLogprob,
+    )
     from .model import GenerationResult, Model
     from .sampling import SamplingParams
     from .tokenizer import Tokenizer
 
 __all__ = [
+    "Constraint",
+    "Engine",
+    "EngineStats",
+    "Generation",
     "GenerationResult",
     "Model",
+    "QueueFull",
+    "Request",
     "SamplingParams",
     "StreamEvent",
     "Timings",
@@ -31,8 +47,14 @@ __all__ = [
 ]
 
 _MODULE_OF = {
+    "Constraint": "engine",
+    "Engine": "engine",
+    "EngineStats": "engine",
+    "Generation": "engine",
     "GenerationResult": "model",
     "Model": "model",
+    "QueueFull": "engine",
+    "Request": "engine",
     "SamplingParams": "sampling",
     "StreamEvent": "engine",
     "Timings": "engine",

@@ -129,11 +129,14 @@ class Core:
     def memory(self) -> dict[str, int]:
         """Bytes of "weights", "cache_used" and "workspace"."""
 
+    def new_sequence(self) -> Sequence:
+        """An empty sequence."""
+
     def step(
         self,
         items: Seq[tuple[Sequence, Seq[int], int, Sampler | None]],
         logits: DLPackTensor | None = None,
-    ) -> list[Sample | None]:
+    ) -> list[list[Sample]]:
         """Run one ragged batch through the model.
 
         Args:
@@ -145,18 +148,17 @@ class Core:
             logits: float32 [wanted rows, vocab_size], filled in the order of the items.
 
         Returns:
-            For each item the token drawn, or None without a sampler.
+            For each item a list: the token drawn, or nothing without a sampler.
 
         After any exception, KeyboardInterrupt included, every sequence is as long as before.
         """
 
 class Sequence:
-    """The cache of one sequence."""
+    """The cache of one sequence; made by `Core.new_sequence`."""
 
     length: Final[int]
     """Tokens in the cache."""
 
-    def __init__(self, core: Core) -> None: ...
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` tokens.
 
@@ -191,6 +193,14 @@ class Sampler:
 
     def record(self, token: int) -> None:
         """Tell the penalties of a drawn token. `Core.step` does it itself."""
+
+    def allow(self, mask: Any | None) -> None:
+        """Which tokens may be drawn from now on, until changed; None: any.
+
+        mask: uint32 [ceil(vocab_size / 32)], bit t % 32 of word t // 32; it is copied. Penalties
+        and filters see only what it allows; log probabilities stay those of the model. ValueError
+        if it allows nothing.
+        """
 
     def sample(self, logits: DLPackTensor, position: int) -> Sample:
         """Draw from one row, float32 [vocab_size], at this position of the sequence."""

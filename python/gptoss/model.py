@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from os import PathLike
@@ -11,7 +11,15 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, overload
 
 from . import _gptoss
-from .engine import Engine, FinishReason, Request, StreamEvent, Timings, TokenLogprob
+from .engine import (
+    Constraint,
+    Engine,
+    FinishReason,
+    Request,
+    StreamEvent,
+    Timings,
+    TokenLogprob,
+)
 from .sampling import SamplingParams
 
 if TYPE_CHECKING:  # imported when first needed: both take long
@@ -61,9 +69,10 @@ class Model:
         core: _gptoss.Core,
         tokenizer: Tokenizer | None = None,
         eos_token_ids: Sequence[int] = (),
+        speculate: int = 0,
     ) -> None:
         """Wrap a core that is loaded. `eos_token_ids` end a generation unless it ignores them."""
-        self._engine = Engine(core, tokenizer)
+        self.engine = Engine(core, tokenizer, speculate=speculate)
         self.tokenizer = tokenizer
         self.eos_token_ids = frozenset(eos_token_ids)
 
@@ -140,7 +149,7 @@ class Model:
     @property
     def core(self) -> _gptoss.Core:
         """The C++ core, for benchmarks and tests; RuntimeError once closed."""
-        return self._engine.core
+        return self.engine.core
 
     @property
     def config(self) -> _gptoss.Config:
@@ -186,9 +195,9 @@ class Model:
         """
         prompts = _plain(prompts)
         single = isinstance(prompts, str) or not any(_is_prompt(item) for item in prompts)
-        requests = [self._request(p, params) for p in ([prompts] if single else prompts)]
+        requests = [self.request(p, params) for p in ([prompts] if single else prompts)]
         events: list[list[StreamEvent]] = [[] for _ in requests]
-        with closing(self._engine.run(requests)) as run:
+        with closing(self.engine.run(requests)) as run:
             for index, event in run:
                 events[index].append(event)
         results = [self._result(*pair) for pair in zip(requests, events, strict=True)]
@@ -206,7 +215,51 @@ class Model:
         Raises:
             ValueError, RuntimeError: as `generate`.
         """
-        return self._stream(self._request(prompt, params))
+        return self._stream(self.request(prompt, params))
+
+    def request(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        stop_tokens: Iterable[int] | None = None,
+        constraint: Constraint | None = None,
+    ) -> Request:
+        """A request for `engine.submit`, checked against this model.
+
+        Args:
+            prompt: text or token ids.
+            params: how to sample; None for the defaults.
+            stop_tokens: ids that end it, besides those of the checkpoint and of `params`.
+            constraint: what the next token may be, of this generation alone.
+
+        Raises:
+            ValueError, RuntimeError: as `generate`.
+        """
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"params must be SamplingParams, not {type(params).__name__}")
+        vocab_size = self.core.config.vocab_size
+        extra = frozenset(() if stop_tokens is None else stop_tokens)
+        for field, ids in (
+            ("logit_bias", params.logit_bias),
+            ("stop_token_ids", params.stop_token_ids),
+            ("stop_tokens", extra),
+        ):
+            for token in ids:
+                if not 0 <= token < vocab_size:
+                    raise ValueError(
+                        f"{field}: token id {token} is not below the vocabulary size {vocab_size}"
+                    )
+        if params.stop and self.tokenizer is None:
+            raise ValueError("stop strings need a tokenizer, and this checkpoint has none")
+
+        tokens = self._tokens(prompt)
+        room = self.engine.max_tokens - len(tokens)
+        max_new_tokens = max(room, 1) if params.max_new_tokens is None else params.max_new_tokens
+        self.engine.check_room(len(tokens), max_new_tokens)
+        eos = frozenset() if params.ignore_eos else self.eos_token_ids
+        stops = eos.union(params.stop_token_ids, extra)
+        return Request(tokens, params, stops, max_new_tokens, constraint)
 
     def forward(self, tokens: Sequence[int]) -> torch.Tensor:
         """The logits behind every token.
@@ -229,7 +282,7 @@ class Model:
         import torch
 
         logits = torch.empty(len(tokens), core.config.vocab_size)
-        sequence = _gptoss.Sequence(core)
+        sequence = core.new_sequence()
         try:
             for start in range(0, len(tokens), core.max_batch_tokens):
                 part = slice(start, start + core.max_batch_tokens)
@@ -239,11 +292,9 @@ class Model:
         return logits
 
     def close(self) -> None:
-        """Free the weights. Using the model afterwards raises RuntimeError.
-
-        A stream that is still open keeps the memory until it is closed or resumed.
-        """
-        self._engine.close()
+        """Free the weights. Using the model afterwards raises RuntimeError, and so do generations
+        that have not ended."""
+        self.engine.close()
 
     def __enter__(self) -> Model:
         return self
@@ -257,36 +308,9 @@ class Model:
         self.close()
 
     def _stream(self, request: Request) -> Generator[StreamEvent, None, None]:
-        with closing(self._engine.run([request])) as run:
+        with closing(self.engine.run([request])) as run:
             for _, event in run:
                 yield event
-
-    def _request(self, prompt: Any, params: SamplingParams | None) -> Request:
-        """Check a prompt and its parameters against this model."""
-        params = SamplingParams() if params is None else params
-        if not isinstance(params, SamplingParams):
-            raise ValueError(f"params must be SamplingParams, not {type(params).__name__}")
-        core = self.core
-        vocab_size = core.config.vocab_size
-        for field in ("logit_bias", "stop_token_ids"):
-            for token in getattr(params, field):
-                if token >= vocab_size:
-                    raise ValueError(
-                        f"{field}: token id {token} is not below the vocabulary size {vocab_size}"
-                    )
-        if params.stop and self.tokenizer is None:
-            raise ValueError("stop strings need a tokenizer, and this checkpoint has none")
-
-        tokens = self._tokens(prompt)
-        room = core.max_context - len(tokens)
-        max_new_tokens = max(room, 1) if params.max_new_tokens is None else params.max_new_tokens
-        if max_new_tokens > room:
-            raise ValueError(
-                f"a prompt of {len(tokens)} tokens and {max_new_tokens} new ones are more than "
-                f"max_context {core.max_context}"
-            )
-        eos = frozenset() if params.ignore_eos else self.eos_token_ids
-        return Request(tokens, params, eos.union(params.stop_token_ids), max_new_tokens)
 
     def _tokens(self, prompt: Any) -> list[int]:
         """The token ids of a prompt, each of them in the vocabulary."""
