@@ -21,7 +21,7 @@ from gptoss.harmony import Harmony
 from gptoss.server.logs import set_up_logs
 from gptoss.server.serve import serve
 from gptoss.tokenizer import Tokenizer
-from harmony_answers import call, final, last_message, thought, tokens_of
+from harmony_text import call, final, last_message, thought, tokens_of
 from o200k import find_vocabulary, write_tokenizer
 from scripted_core import Script
 from server_tools import scripted

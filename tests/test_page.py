@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 from gptoss.tokenizer import Tokenizer
-from harmony_answers import final, last_message, thought, tokens_of
+from harmony_text import final, last_message, thought, tokens_of
 from server_tools import Live, exchange, live, scripted, until
 
 if TYPE_CHECKING:
