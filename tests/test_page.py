@@ -145,18 +145,24 @@ def opened(browser: "Browser", server: Live, **options: Any) -> "Iterator[Page]"
         errors: list[str] = []
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.goto(server.url)
-        page.wait_for_function("document.querySelector('#model').textContent")
+        wait(page, "document.querySelector('#model').textContent")
         yield page
         assert not errors
     finally:
         context.close()
 
 
-def ask(page: "Page", text: str, wait: bool = True) -> None:
+def wait(page: "Page", condition: str) -> None:
+    """Until a JavaScript expression is true. (playwright's own way needs eval, which the page's
+    policy does not allow.)"""
+    until(lambda: page.evaluate(condition))
+
+
+def ask(page: "Page", text: str, to_end: bool = True) -> None:
     page.fill("#message", text)
     page.keyboard.press("Enter")
-    if wait:
-        page.wait_for_selector(".answer[aria-busy=false] .foot >> nth=-1")
+    if to_end:
+        page.wait_for_selector("#log > .answer:last-child[aria-busy=false]")
 
 
 def test_chat(browser: "Browser", tokenizer: Tokenizer) -> None:
@@ -190,8 +196,8 @@ def test_chat(browser: "Browser", tokenizer: Tokenizer) -> None:
 def test_streams_and_stops(browser: "Browser", tokenizer: Tokenizer) -> None:
     """Text appears while the model writes; the stop button ends it here and in the engine."""
     with serving(tokenizer, delay=0.005) as server, opened(browser, server) as page:
-        ask(page, "endless", wait=False)
-        page.wait_for_function("document.querySelector('.text').innerText.length > 50")
+        ask(page, "endless", to_end=False)
+        wait(page, "document.querySelector('.text').innerText.length > 50")
         core = server.scripted.core
         assert core.sequences and not page.is_visible("#send")
         page.click("#stop")
@@ -202,8 +208,8 @@ def test_streams_and_stops(browser: "Browser", tokenizer: Tokenizer) -> None:
         assert 50 < len(text) < 10_000
         assert page.inner_text("#status") == "Stopped"
 
-        ask(page, "endless", wait=False)  # by keyboard, too
-        page.wait_for_function("document.querySelectorAll('.text')[1].innerText.length > 50")
+        ask(page, "endless", to_end=False)  # by keyboard, too
+        wait(page, "document.querySelectorAll('.text')[1].innerText.length > 50")
         page.keyboard.press("Escape")
         until(lambda: not core.sequences)
         assert page.locator(".text").first.inner_text() == text
@@ -212,7 +218,7 @@ def test_streams_and_stops(browser: "Browser", tokenizer: Tokenizer) -> None:
 def test_new_chat_while_streaming(browser: "Browser", tokenizer: Tokenizer) -> None:
     seen: list[str] = []
     with serving(tokenizer, seen, delay=0.005) as server, opened(browser, server) as page:
-        ask(page, "endless", wait=False)
+        ask(page, "endless", to_end=False)
         page.wait_for_selector(".text p")
         page.click("#new-chat")
         assert page.is_visible("#welcome")
@@ -301,13 +307,13 @@ def test_dark_and_light(browser: "Browser", tokenizer: Tokenizer) -> None:
 def test_errors(browser: "Browser", tokenizer: Tokenizer) -> None:
     """What the server refuses is told, and can be tried again."""
     with serving(tokenizer, max_context=256) as server, opened(browser, server) as page:
-        ask(page, "word " * 400, wait=False)
+        ask(page, "word " * 400, to_end=False)
         page.wait_for_selector("[role=alert]")
         assert "max_context" in page.inner_text("[role=alert]")
         assert page.locator(".answer").count() == 0
         page.click("#new-chat")
         page.route("**/v1/chat/completions", lambda route: route.abort())
-        ask(page, "bridge", wait=False)
+        ask(page, "bridge", to_end=False)
         page.wait_for_selector("[role=alert]:has-text('does not answer')")
         page.unroute("**/v1/chat/completions")
         page.click("[role=alert] button")
@@ -318,7 +324,7 @@ def test_errors(browser: "Browser", tokenizer: Tokenizer) -> None:
 def test_failure_of_the_engine(browser: "Browser", tokenizer: Tokenizer) -> None:
     """An error in the middle of a stream keeps what came before it."""
     with serving(tokenizer, delay=0.005) as server, opened(browser, server) as page:
-        ask(page, "endless", wait=False)
+        ask(page, "endless", to_end=False)
         page.wait_for_selector(".text p")
         server.scripted.core.fail = RuntimeError("the core broke")
         page.wait_for_selector("[role=alert]")
@@ -352,7 +358,7 @@ def test_key(browser: "Browser", tokenizer: Tokenizer) -> None:
         page.keyboard.type(KEY)
         page.keyboard.press("Enter")
         page.wait_for_selector("dialog:not([open])", state="attached")
-        page.wait_for_function("document.querySelector('#model').textContent")
+        wait(page, "document.querySelector('#model').textContent")
         ask(page, "bridge")
         assert page.evaluate("sessionStorage.getItem('gptoss.key')") == KEY
         assert KEY not in page.evaluate("JSON.stringify(localStorage)")
@@ -385,17 +391,17 @@ def test_keyboard(browser: "Browser", tokenizer: Tokenizer) -> None:
 def test_follows_the_end(browser: "Browser", tokenizer: Tokenizer) -> None:
     """The view stays at the end of what streams, unless the reader scrolls away."""
     with serving(tokenizer, delay=0.001) as server, opened(browser, server) as page:
-        ask(page, "endless", wait=False)
+        ask(page, "endless", to_end=False)
         end = "(({scrollHeight, scrollTop, clientHeight}) => scrollHeight - scrollTop - clientHeight)(document.querySelector('main'))"
-        page.wait_for_function("document.querySelector('main').scrollTop > 100")
+        wait(page, "document.querySelector('main').scrollTop > 100")
         assert page.evaluate(end) < 60
         page.evaluate("document.querySelector('main').scrollTop = 0")
         page.wait_for_selector("#to-end:visible")
         length = page.evaluate("document.querySelector('.text').innerText.length")
-        page.wait_for_function(f"document.querySelector('.text').innerText.length > {length} + 200")
+        wait(page, f"document.querySelector('.text').innerText.length > {length} + 200")
         assert page.evaluate("document.querySelector('main').scrollTop") == 0
         page.click("#to-end")
-        page.wait_for_function(f"{end} < 60")
+        wait(page, f"{end} < 60")
         page.click("#stop")
 
 

@@ -10,12 +10,13 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from ..harmony import Delta
 
 Event = dict[str, Any]
+Logprob = dict[str, Any]
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 
 
@@ -26,7 +27,7 @@ class Output:
         self._items: list[_Item] = []
         self._open: _Item | None = None
 
-    def add(self, delta: Delta) -> Iterator[Event]:
+    def add(self, delta: Delta, logprobs: Sequence[Logprob] = ()) -> Iterator[Event]:
         """A piece of an answer. A new kind of text, and every call, is a new item."""
         text = delta.text
         if self._open is None or delta.name is not None or delta.kind != self._open.kind:
@@ -37,7 +38,7 @@ class Output:
             self._items.append(self._open)
             yield from self._open.opened()
         if text:
-            yield self._open.more(text)
+            yield self._open.more(text, logprobs)
 
     def close(self, status: ItemStatus) -> Iterator[Event]:
         """The item under way, if there is one, is over."""
@@ -75,7 +76,7 @@ class _Item:
             "item": self.json(),
         }
 
-    def more(self, text: str) -> Event:
+    def more(self, text: str, logprobs: Sequence[Logprob]) -> Event:
         """The event of one more piece of text."""
         self._texts.append(text)
         return {"type": f"{self.event}.delta", **self._place(), "delta": text}
@@ -140,6 +141,10 @@ class _MessageItem(_TextItem):
     prefix = "msg"
     event = "response.output_text"
 
+    def __init__(self, index: int, delta: Delta) -> None:
+        super().__init__(index, delta)
+        self._logprobs: list[Logprob] = []
+
     def json(self) -> dict[str, Any]:
         return {
             "id": self.id,
@@ -150,15 +155,21 @@ class _MessageItem(_TextItem):
         }
 
     def _part(self) -> dict[str, Any]:
-        return {"type": "output_text", "text": self._text(), "annotations": [], "logprobs": []}
+        return {
+            "type": "output_text",
+            "text": self._text(),
+            "annotations": [],
+            "logprobs": list(self._logprobs),
+        }
 
-    def more(self, text: str) -> Event:
-        return {**super().more(text), "logprobs": []}
+    def more(self, text: str, logprobs: Sequence[Logprob]) -> Event:
+        self._logprobs += logprobs
+        return {**super().more(text, logprobs), "logprobs": list(logprobs)}
 
     def closed(self, status: ItemStatus) -> Iterator[Event]:
         for event in super().closed(status):
             done = event["type"] == f"{self.event}.done"
-            yield {**event, "logprobs": []} if done else event
+            yield {**event, "logprobs": list(self._logprobs)} if done else event
 
 
 class _CallItem(_Item):

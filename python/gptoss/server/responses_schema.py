@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, FailFast, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_validator
 
+from ..sampling import MAX_LOGPROBS
 from .errors import ApiError, invalid
 from .schemas import MAX_MESSAGES, MAX_TOOLS, Count, ModelName, Sampling, StreamOptions, Strict
 
+LOGPROBS = "message.output_text.logprobs"
 _MAX_METADATA = 16
 # In one turn reasoning comes first, then a text, then calls: what a turn must not have yet.
 _NOT_BEFORE = {
@@ -31,6 +33,10 @@ def _as_parts(value: Any) -> Any:
     return [{"type": "text", "text": value}] if isinstance(value, str) else value
 
 
+def _as_optional_parts(value: Any) -> Any:
+    return [] if value is None else _as_parts(value)
+
+
 class Part(Strict):
     """A piece of text in an item."""
 
@@ -38,9 +44,10 @@ class Part(Strict):
     text: str
 
 
-Parts = Annotated[
-    Annotated[list[Part], FailFast(), Field(max_length=MAX_MESSAGES)], BeforeValidator(_as_parts)
-]
+FunctionName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+_PartList = Annotated[list[Part], Field(fail_fast=True, max_length=MAX_MESSAGES)]
+Parts = Annotated[_PartList, BeforeValidator(_as_parts)]
+OptionalParts = Annotated[_PartList, BeforeValidator(_as_optional_parts)]
 
 
 class MessageItem(Strict):
@@ -53,15 +60,15 @@ class MessageItem(Strict):
 class ReasoningItem(Strict):
     """What the assistant thought, as this server sent it. A summary stands in for lost content."""
 
-    summary: Parts | None = None
-    content: Parts | None = None
+    summary: OptionalParts = []
+    content: OptionalParts = []
 
 
 class FunctionCallItem(Strict):
     """A call the assistant made."""
 
     call_id: Annotated[str, Field(min_length=1)]
-    name: str
+    name: FunctionName
     arguments: str
 
 
@@ -121,7 +128,7 @@ class FunctionTool(Strict):
     """A function that the model may call."""
 
     type: Literal["function"]
-    name: str
+    name: FunctionName
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
@@ -136,9 +143,10 @@ class ResponsesRequest(Sampling):
     """Body of POST /v1/responses."""
 
     model: ModelName | None = None
+    include: list[Literal[LOGPROBS, "reasoning.encrypted_content"]] | None = None
     input: Annotated[
         Annotated[
-            list[dict[str, Any]], FailFast(), Field(min_length=1, max_length=MAX_MESSAGES)
+            list[dict[str, Any]], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)
         ],
         BeforeValidator(_as_items),
     ]
@@ -151,16 +159,15 @@ class ResponsesRequest(Sampling):
     stream_options: StreamOptions | None = None
     text: Text | None = None
     tool_choice: Any = None
-    tools: Annotated[list[FunctionTool], FailFast(), Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[FunctionTool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     truncation: Literal["disabled"] | None = None
     # What would change the answer and is not there.
     background: bool | None = None
     conversation: Any = None
     previous_response_id: str | None = None
     prompt: Any = None
-    top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
     # What changes nothing here.
-    include: list[Literal["reasoning.encrypted_content"]] | None = None
     max_tool_calls: int | None = None  # of tools that run on the server
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
@@ -179,7 +186,15 @@ class ResponsesRequest(Sampling):
             raise ValueError("background is not supported: this server keeps no responses")
         if self.prompt is not None:
             raise ValueError("prompt is not supported: this server has no prompt templates")
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options is only allowed when stream is true")
         return self
+
+    @property
+    def logprobs(self) -> int | None:
+        """How many likeliest tokens to tell at each place of the text; None for nothing at all."""
+        wanted = self.top_logprobs is not None or LOGPROBS in (self.include or ())
+        return self.top_logprobs or 0 if wanted else None
 
     def messages(self) -> list[dict[str, Any]]:
         """The conversation as chat completions have it.
@@ -199,11 +214,11 @@ class ResponsesRequest(Sampling):
         return [tool.chat_tool() for tool in self.tools or ()]
 
     def chat_tool_choice(self) -> Any:
-        """The choice of a tool as chat completions have it, where that differs."""
+        """The choice of a tool as chat completions have it."""
         choice = self.tool_choice
         if isinstance(choice, dict) and choice.get("type") == "function":
             return {"type": "function", "function": {"name": choice.get("name")}}
-        return choice
+        return "auto" if choice is None else choice
 
     def text_format(self) -> TextFormat:
         """What the answer must look like: text, unless it says otherwise."""
@@ -235,7 +250,7 @@ class _Conversation:
             case MessageItem(role=role, content=content):
                 self.add_message(role, _joined(content))
             case ReasoningItem(content=content, summary=summary):
-                self._assistant("reasoning")["reasoning"] = _joined(content or summary or [])
+                self._assistant("reasoning")["reasoning"] = _joined(content or summary)
             case FunctionCallItem():
                 self._add_call(checked)
             case FunctionOutputItem(call_id=call_id, output=output):
