@@ -156,7 +156,7 @@ void run(int argc, char** argv) {
                          {"precision", "exact"}});
   ModelOptions model_options;
   model_options.backend = {options.text("device"), static_cast<int>(options.number("threads")), options.text("isa"),
-                           options.number("step")};
+                           options.number("step", 1)};
   model_options.backend.precision = precision_of(options.text("precision"));
   if (options.text("device") != "cpu") {  // cache for these rows only: random weights and the limits need room on the card too
     const auto most = [&](const char* name) {
@@ -167,16 +167,19 @@ void run(int argc, char** argv) {
     model_options.max_context = std::max(most("prompt"), most("context") + most("decode") + 2);
     model_options.max_sequences = most("batch");
   }
+  const std::vector<int64_t> prompts = options.numbers("prompt"), contexts = options.numbers("context");
+  const std::vector<int64_t> batches = options.numbers("batch", 1);
+  const int64_t repeats = options.number("repeats", 1), steps = options.number("decode");
   const auto start = Clock::now();
   Bench bench{random_model(preset(options.text("shape"), options.number("layers")), model_options), options.text("shape"),
               options.json(), nullptr};
   bench.limiter = std::make_unique<Limiter>(bench.model->backend(), bench.model->precision());
   if (!bench.json) std::printf("random weights made in %.1f s\n", seconds_since(start));
-  for (int64_t n : options.numbers("prompt"))
-    if (n > 0) bench.prompt(n, options.number("repeats"));
-  if (const int64_t steps = options.number("decode"); steps > 0)
-    for (int64_t batch : options.numbers("batch"))
-      for (int64_t context : options.numbers("context")) bench.decode(context, batch, steps);
+  for (int64_t n : prompts)
+    if (n > 0) bench.prompt(n, repeats);
+  if (steps > 0)
+    for (int64_t batch : batches)
+      for (int64_t context : contexts) bench.decode(context, batch, steps);
 }
 
 }  // namespace

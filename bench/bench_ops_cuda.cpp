@@ -25,7 +25,7 @@ std::vector<Case> cases(const Options& options) {
     if (wanted.empty() || wanted.count(c.op)) result.push_back(c);
   };
   for (const std::string& shape : options.texts("shape"))
-    for (int64_t n : options.numbers("tokens")) {
+    for (int64_t n : options.numbers("tokens", 1)) {
       for (const char* op : {"linear_qkv", "linear_o", "moe_add", "rmsnorm", "norm_route"}) add({op, shape, "", n});
       if (n <= 64) add({"unembedding", shape, "", n});  // the model asks for no more at a time
       add({"norm_qkv", shape, "", n, 1, 1024});
@@ -39,7 +39,7 @@ std::vector<Case> cases(const Options& options) {
 }
 
 void run_case(Backend& backend, cpu::ThreadPool& pool, const Case& c, const CudaLimits& limits, const Options& options) {
-  const int64_t calls = options.number("calls"), rounds = calls > 1 ? 5 : 1;
+  const int64_t calls = options.number("calls", 1), rounds = calls > 1 ? 5 : 1;
   Operation operation(backend, pool, c, calls > 1);
   if (calls > 1) operation.run(2);
   std::vector<double> times;

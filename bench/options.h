@@ -40,21 +40,23 @@ class Options {
     return parts;
   }
 
-  std::vector<int64_t> numbers(const std::string& name) const {
+  // Each is `least` or more.
+  std::vector<int64_t> numbers(const std::string& name, int64_t least = 0) const {
     std::vector<int64_t> numbers;
     for (const std::string& part : texts(name)) {
       const char* end = part.data() + part.size();
       int64_t number = 0;
       const auto result = std::from_chars(part.data(), end, number);
-      CHECK(result.ec == std::errc() && result.ptr == end && number >= 0, "--", name, ": not a whole number: \"", part, '"');
+      CHECK(result.ec == std::errc() && result.ptr == end && number >= least, "--", name, ": not a whole number from ", least,
+            " on: \"", part, '"');
       numbers.push_back(number);
     }
     CHECK(!numbers.empty(), "--", name, " needs a number");
     return numbers;
   }
 
-  int64_t number(const std::string& name) const {
-    const std::vector<int64_t> all = numbers(name);
+  int64_t number(const std::string& name, int64_t least = 0) const {
+    const std::vector<int64_t> all = numbers(name, least);
     CHECK(all.size() == 1, "--", name, " takes one number, not ", all.size());
     return all[0];
   }

@@ -9,13 +9,17 @@ import random
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jsonschema
 import numpy as np
 import pytest
+from gptoss import Model, SamplingParams
 from gptoss.grammar import GrammarCompiler, GrammarConstraint, GrammarError, GrammarLimits
 from gptoss.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from gptoss.harmony import Harmony
 
 Schema = dict[str, Any]
 
@@ -71,6 +75,7 @@ TOOLS = [
     function("get_weather", an_object(city={"type": "string"})),
     function("now"),
 ]
+ARGUMENTS = {"get": PERSON, "get_weather": an_object(city={"type": "string"}), "now": an_object()}
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +97,7 @@ class Walk:
         self.random = random.Random(seed)
         ends = ("<|return|>", "<|call|>")
         self.last = {id: name for name in ends if (id := tokenizer.token_id(name)) is not None}
-        closing = [*self.last, tokenizer.token_id("<|end|>")]
-        self.closing = [*closing, *(tokenizer.encode(text)[0] for text in ('"', "}", "]", ","))]
+        self.closing = closing_tokens(tokenizer)
         self.tokens: list[int] = []
 
     def allowed(self) -> np.ndarray:
@@ -131,6 +135,13 @@ def walk(tokenizer: Tokenizer, compiler: GrammarCompiler) -> Walker:
         return Walk(tokenizer, constraint, seed).run()
 
     return walk
+
+
+def closing_tokens(tokenizer: Tokenizer) -> list[int]:
+    """Tokens that end something, or lead to an end."""
+    names = ("<|end|>", "<|return|>", "<|call|>")
+    special = [id for name in names if (id := tokenizer.token_id(name)) is not None]
+    return special + [tokenizer.encode(text)[0] for text in ('"', "}", "]", ",")]
 
 
 def header_of_call(header: str) -> str | None:
@@ -174,10 +185,7 @@ def test_call_is_forced(walk: Walker, choice: str, seed: int) -> None:
     called = header_of_call(header)
     assert called in (["get", "get_weather", "now"] if choice == "required" else [choice])
     assert walked.last[walked.tokens[-1]] == "<|call|>"
-    empty = an_object()
-    jsonschema.validate(
-        json.loads(text), {"get": PERSON, "get_weather": an_object(city={}), "now": empty}[called]
-    )
+    jsonschema.validate(json.loads(text), ARGUMENTS[called])
 
 
 def test_auto_calls_or_answers(walk: Walker) -> None:
@@ -433,3 +441,64 @@ def test_one_grammar_many_generations(tokenizer: Tokenizer, compiler: GrammarCom
     second = compiler.harmony(json_schema(PERSON))
     assert second is not None
     assert (second.mask() == before).all() and not (first.mask() == before).all()
+
+
+@pytest.fixture(scope="module")
+def true_compiler(harmony_path: Path) -> GrammarCompiler:
+    """Over the true vocabulary, of 201,088 ids."""
+    return GrammarCompiler(Tokenizer.from_file(harmony_path / "tokenizer.json"), 201088)
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_true_vocabulary(
+    harmony: "Harmony", true_compiler: GrammarCompiler, name: str, seed: int
+) -> None:
+    """What comes out is what the streaming parser takes apart."""
+    tokenizer = true_compiler._tokenizer
+    constraint = true_compiler.harmony(json_schema(SCHEMAS[name]), TOOLS)
+    assert constraint is not None
+    assert constraint.mask().shape == (6284,)
+    parser = harmony.parser()
+    for token in Walk(tokenizer, constraint, seed).run().tokens:
+        parser.push(token)
+    parser.finish()
+    message = parser.message
+    if message.tool_calls:
+        (call,) = message.tool_calls
+        jsonschema.validate(json.loads(call.arguments), ARGUMENTS[call.name])
+    else:
+        # A preamble, which is content too, may come before.
+        starts = [at for at in range(len(message.content)) if message.content[at] == "{"]
+        assert any(is_valid(message.content[at:], SCHEMAS[name]) for at in starts)
+
+
+def is_valid(text: str, schema: Schema) -> bool:
+    try:
+        jsonschema.validate(json.loads(text), schema)
+    except (json.JSONDecodeError, jsonschema.ValidationError):
+        return False
+    return True
+
+
+def test_generation(tiny: Model) -> None:
+    """Requests with and without a grammar share the steps of a model of random weights."""
+    tokenizer = tiny.tokenizer
+    assert tokenizer is not None
+    compiler = GrammarCompiler(tokenizer, tiny.config.vocab_size)
+    start = [tokenizer.token_id("<|start|>"), *tokenizer.encode("assistant")]
+    bias = dict.fromkeys(closing_tokens(tokenizer), 8.0)
+    requests = []
+    for seed in range(8):
+        params = SamplingParams(max_new_tokens=600, seed=seed, logit_bias=bias)
+        constraint = compiler.harmony(json_schema(PERSON)) if seed % 2 == 0 else None
+        requests.append(tiny.request(start, params, constraint=constraint))
+    tokens: list[list[int]] = [[] for _ in requests]
+    for index, event in tiny.engine.run(requests):
+        if event.token is not None:
+            tokens[index].append(event.token)
+    for found in tokens[::2]:
+        assert found[-1] == tokenizer.token_id("<|return|>")
+        text = tokenizer.decode(found).rpartition("<|message|>")[2].removesuffix("<|return|>")
+        jsonschema.validate(json.loads(text), PERSON)
+    assert all("<|message|>{" not in tokenizer.decode(found) for found in tokens[1::2])

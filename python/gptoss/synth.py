@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import _gptoss
-from .config import HEAD_DIM, parse_config
+from .config import DTYPE_BYTES, HEAD_DIM, parse_config
 from .progress import Progress, byte_progress
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ QUEUED_CHUNKS = 8  # made ahead of the disk
 DEFAULT_SHARD_BYTES = 4_800_000_000  # as OpenAI's repositories are cut
 SPARE_DISK_BYTES = 64 << 20
 LARGEST_TOKENIZER = 1 << 14  # above this, nearly all tokens would be reserved ones
-DTYPE_BYTES = {"BF16": 2, "U8": 1}
 OPENAI_SPECIAL_IDS = {
     "<|startoftext|>": 199998,
     "<|endoftext|>": 199999,

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from . import bench, checkpoints, demo, generate
+from . import bench, checkpoints, demo, generate, serve
 
 app = typer.Typer(
     name="gptoss",
@@ -22,6 +22,7 @@ app = typer.Typer(
 app.command()(generate.generate)
 app.command()(checkpoints.inspect)
 app.command()(checkpoints.synth)
+app.command()(serve.serve)
 app.command()(bench.bench)
 app.command()(demo.demo)
 

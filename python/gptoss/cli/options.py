@@ -28,6 +28,39 @@ MaxSequences = Annotated[
         help="Most sequences at a time; default: as memory allows, at most 256.", show_default=False
     ),
 ]
+
+# Of one generation.
+MaxNewTokens = Annotated[
+    int | None, typer.Option("--max-new-tokens", "-n", help="Most new tokens.")
+]
+Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest token.")]
+TopK = Annotated[int, typer.Option(help="Draw from the k likeliest; 0: all.")]
+TopP = Annotated[
+    float, typer.Option(help="Draw from the likeliest with this much probability together.")
+]
+MinP = Annotated[float, typer.Option(help="Drop tokens below this fraction of the likeliest.")]
+RepetitionPenalty = Annotated[
+    float, typer.Option(help="Above 1: avoid tokens of prompt and output.")
+]
+PresencePenalty = Annotated[
+    float, typer.Option(help="Subtracted from the logits of tokens already generated.")
+]
+FrequencyPenalty = Annotated[
+    float, typer.Option(help="The same, for each time they were generated.")
+]
+LogitBias = Annotated[
+    list[str] | None, typer.Option(metavar="ID=BIAS", help="Added to a logit; repeatable.")
+]
+Seed = Annotated[int | None, typer.Option(help="Repeat a generation; default: a fresh one.")]
+Stop = Annotated[list[str] | None, typer.Option(help="Stop before this text; repeatable.")]
+StopToken = Annotated[list[int] | None, typer.Option(help="Stop at this token id; repeatable.")]
+Logprobs = Annotated[
+    int | None, typer.Option(help="With --json: this many likeliest tokens for each.")
+]
+IgnoreEos = Annotated[
+    bool, typer.Option("--ignore-eos", help="Go on after the model's stop tokens.")
+]
+
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no statistics.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 OutputDirectory = Annotated[Path, typer.Argument(metavar="OUT", help="Directory to make.")]
