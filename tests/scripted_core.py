@@ -177,14 +177,21 @@ class ScriptedCore:
         """The token that the script wants next; past its end, the last again."""
         tokens = sequence.tokens
         if sequence.n_prompt is None:
-            # One that was preempted comes back with a part of its answer behind its prompt.
-            ends = range(len(tokens) - 1, 0, -1)
-            sequence.n_prompt = next((n for n in ends if tuple(tokens[:n]) in self._answers), None)
+            sequence.n_prompt = self._resumed(tokens)
         if sequence.n_prompt is None:
             sequence.n_prompt = len(tokens)
             self._answers[tuple(tokens)] = list(self._script(list(tokens)))
         answer = self._answers[tuple(tokens[: sequence.n_prompt])]
         return answer[min(len(tokens) - sequence.n_prompt, len(answer) - 1)]
+
+    def _resumed(self, tokens: list[int]) -> int | None:
+        """The length of the prompt of one that was preempted: it comes back with a part of its
+        answer behind it."""
+        for n in range(len(tokens) - 1, 0, -1):
+            answer = self._answers.get(tuple(tokens[:n]))
+            if answer is not None and answer[: len(tokens) - n] == tokens[n:]:
+                return n
+        return None
 
 
 def _config(vocab_size: int, max_context: int) -> _gptoss.Config:

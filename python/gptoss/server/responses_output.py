@@ -1,10 +1,10 @@
 """Output items of a response, made from what the model writes, and the events that tell of them.
 
-    response.output_item.added
-      response.content_part.added                   (not for function calls)
-        response.reasoning_text.delta ... .done     or output_text, or function_call_arguments
-      response.content_part.done
-    response.output_item.done
+response.output_item.added
+  response.content_part.added                   (not for function calls)
+    response.reasoning_text.delta ... .done     or output_text, or function_call_arguments
+  response.content_part.done
+response.output_item.done
 """
 
 from __future__ import annotations

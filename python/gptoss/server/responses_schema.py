@@ -60,8 +60,8 @@ class MessageItem(Strict):
 class ReasoningItem(Strict):
     """What the assistant thought, as this server sent it. A summary stands in for lost content."""
 
-    summary: OptionalParts = []
-    content: OptionalParts = []
+    summary: OptionalParts = Field(default_factory=list)
+    content: OptionalParts = Field(default_factory=list)
 
 
 class FunctionCallItem(Strict):
