@@ -278,6 +278,12 @@ def test_stop_string(server: Live) -> None:
     until(lambda: not server.scripted.core.sequences)
 
 
+def test_cached_tokens(server: Live) -> None:
+    text = "hello " * 300
+    assert create(server, input=text)["usage"]["input_tokens_details"]["cached_tokens"] == 0
+    assert create(server, input=text)["usage"]["input_tokens_details"]["cached_tokens"] >= 256
+
+
 def test_events(server: Live) -> None:
     """Every event in its place; what they add up to is the response at the end."""
     events = stream(server, input="With preamble, please", tools=[WEATHER])
