@@ -17,10 +17,11 @@ from gptoss import _gptoss
 Script = Callable[[list[int]], Sequence[int]]
 
 LIKELY = 30.0  # the logit of the next token; all others have 0, but the one of `neighbour`
+SECOND = 12.0  # its logit: even at temperature 1 it comes once in 65 million tokens
 
 
 def neighbour(token: int, vocab_size: int) -> int:
-    """The token that comes second, at 12, where `token` is the likeliest."""
+    """The token that comes second, where `token` is the likeliest."""
     return (token + 1) % vocab_size
 
 
@@ -146,7 +147,7 @@ class ScriptedCore:
     def row(self, token: int) -> numpy.ndarray:
         """Logits float32 [vocab_size] that make `token` all but certain."""
         row = numpy.zeros(self.config.vocab_size, numpy.float32)
-        row[neighbour(token, len(row))] = LIKELY - 18
+        row[neighbour(token, len(row))] = SECOND
         row[token] = LIKELY
         return row
 
@@ -177,21 +178,17 @@ class ScriptedCore:
         """The token that the script wants next; past its end, the last again."""
         tokens = sequence.tokens
         if sequence.n_prompt is None:
-            sequence.n_prompt = self._resumed(tokens)
+            # One that was preempted comes back with a part of its answer behind its prompt. A next
+            # turn begins like that, too, but goes on behind the answer.
+            for end in range(len(tokens) - 1, 0, -1):
+                answer = self._answers.get(tuple(tokens[:end]))
+                if answer is not None and tokens[end:] == answer[: len(tokens) - end]:
+                    sequence.n_prompt = end
         if sequence.n_prompt is None:
             sequence.n_prompt = len(tokens)
             self._answers[tuple(tokens)] = list(self._script(list(tokens)))
         answer = self._answers[tuple(tokens[: sequence.n_prompt])]
         return answer[min(len(tokens) - sequence.n_prompt, len(answer) - 1)]
-
-    def _resumed(self, tokens: list[int]) -> int | None:
-        """The length of the prompt of one that was preempted: it comes back with a part of its
-        answer behind it."""
-        for n in range(len(tokens) - 1, 0, -1):
-            answer = self._answers.get(tuple(tokens[:n]))
-            if answer is not None and answer[: len(tokens) - n] == tokens[n:]:
-                return n
-        return None
 
 
 def _config(vocab_size: int, max_context: int) -> _gptoss.Config:

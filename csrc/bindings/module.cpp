@@ -264,6 +264,7 @@ void bind_core(py::module_& m) {
                                                    {"prefix_tokens_asked", stats.prefix_tokens_asked},
                                                    {"prefix_tokens_reused", stats.prefix_tokens_reused}};
            })
+      .def_property_readonly("page_tokens", [](const Model&) { return kPageTokens; })
       .def_property_readonly("full_pages", [](const Model& model) { return model.cache().full_pages(); })
       .def_property_readonly("window_pages", [](const Model& model) { return model.cache().window_pages(); })
       .def_property_readonly("config", &Model::config)

@@ -105,6 +105,8 @@ class Core:
     max_context: Final[int]
     max_batch_tokens: Final[int]
     max_sequences: Final[int]
+    page_tokens: Final[int]
+    """Tokens of a cache page."""
     full_pages: Final[int]
     """Pages of 128 tokens that the layers which see everything have for all sequences together."""
     window_pages: Final[int]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from os import PathLike
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 from . import _gptoss
 from .engine import (
@@ -22,9 +23,12 @@ from .engine import (
 )
 from .sampling import SamplingParams
 
-if TYPE_CHECKING:  # imported when first needed: both take long
+if TYPE_CHECKING:  # imported when first needed: they take long
     import torch
 
+    from .chat import ChatOptions, ChatResult, ChatStream
+    from .grammar import GrammarCompiler
+    from .harmony import Harmony
     from .tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -87,6 +91,7 @@ class Model:
         invariant: bool = False,
         threads: int | None = None,
         precision: str = "exact",
+        prefix_cache: bool = True,
         progress: bool = True,
     ) -> Model:
         """Load a checkpoint: a Hugging Face directory or OpenAI's `original/` directory.
@@ -104,6 +109,8 @@ class Model:
             precision: "exact": weights as the checkpoint has them, bfloat16 operands. "fast", on
                 the CPU: attention and unembedding weights rounded to 8 bits, int8 operands; less
                 memory and time, more error (docs/performance.md).
+            prefix_cache: keep pages of the cache that nobody holds any more, for prompts that begin
+                alike. The results are the same.
             progress: show a progress bar on stderr.
 
         Raises:
@@ -117,8 +124,9 @@ class Model:
         max_context = _optional_count("max_context", max_context, 2**31 - 1)
         max_sequences = _optional_count("max_sequences", max_sequences, _MAX_SEQUENCES)
         threads = _optional_count("threads", threads, _MAX_THREADS)
-        if not isinstance(invariant, bool):
-            raise ValueError(f"invariant must be True or False, not {invariant!r}")
+        for name, flag in (("invariant", invariant), ("prefix_cache", prefix_cache)):
+            if not isinstance(flag, bool):
+                raise ValueError(f"{name} must be True or False, not {flag!r}")
         if precision not in ("exact", "fast"):
             raise ValueError(f'precision must be "exact" or "fast", not {precision!r}')
         if precision == "fast" and device != "cpu":
@@ -141,6 +149,7 @@ class Model:
             max_sequences=max_sequences or 0,
             invariant=invariant,
             precision=precision,
+            prefix_cache=prefix_cache,
         )
         checkpoint.load_into(core, progress)
         core.finish_loading()
@@ -216,6 +225,64 @@ class Model:
             ValueError, RuntimeError: as `generate`.
         """
         return self._stream(self.request(prompt, params))
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        stream: Literal[False] = False,
+        **options: Unpack[ChatOptions],
+    ) -> ChatResult: ...
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        stream: Literal[True],
+        **options: Unpack[ChatOptions],
+    ) -> ChatStream: ...
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        stream: bool = False,
+        **options: Unpack[ChatOptions],
+    ) -> ChatResult | ChatStream:
+        """The assistant's next answer in a conversation.
+
+        Args:
+            messages: as OpenAI's chat completions has them: dicts with role and content.
+            stream: give an iterator over the pieces of the answer, not the answer at its end.
+            **options: `gptoss.chat.ChatOptions`: reasoning_effort, tools, tool_choice,
+                response_format, params, date.
+
+        Raises:
+            ValueError: an argument is not as it must be, the conversation does not fit the context,
+                or the checkpoint's tokenizer is not gpt-oss's. Nothing has been computed then.
+            ImportError: the extra `chat` is not installed, or `serve` where a grammar is needed.
+            RuntimeError: as `generate`.
+        """
+        from .chat import ChatStream, chat_request
+
+        answer = ChatStream(self.engine, *chat_request(self, messages, **options))
+        return answer if stream else answer.finish()
+
+    @cached_property
+    def harmony(self) -> Harmony:
+        """The chat format over this checkpoint's tokenizer; ValueError, ImportError as `chat`."""
+        from .harmony import Harmony
+
+        return Harmony.for_tokenizer(self.tokenizer)
+
+    @cached_property
+    def grammar(self) -> GrammarCompiler:
+        """Grammars over this checkpoint's vocabulary; ImportError without the extra `serve`."""
+        from .grammar import GrammarCompiler
+
+        return GrammarCompiler(self.harmony.tokenizer, self.config.vocab_size)
 
     def request(
         self,
@@ -370,8 +437,10 @@ def _device(device: Any) -> str:
 
 
 def _optional_count(name: str, value: Any, most: int) -> int | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not hasattr(value, "__index__") or not 1 <= value <= most:
-        raise ValueError(f"{name} must be an integer from 1 to {most}, not {value!r}")
+    return None if value is None else _count(name, value, 1, most)
+
+
+def _count(name: str, value: Any, least: int, most: int) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__") or not least <= value <= most:
+        raise ValueError(f"{name} must be an integer from {least} to {most}, not {value!r}")
     return int(value)

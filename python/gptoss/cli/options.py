@@ -61,6 +61,12 @@ IgnoreEos = Annotated[
     bool, typer.Option("--ignore-eos", help="Go on after the model's stop tokens.")
 ]
 
+Speculate = Annotated[
+    int,
+    typer.Option(
+        help="Guess up to so many tokens ahead where text repeats itself: the same result, sooner."
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no statistics.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 OutputDirectory = Annotated[Path, typer.Argument(metavar="OUT", help="Directory to make.")]
