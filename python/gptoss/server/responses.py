@@ -16,9 +16,10 @@ from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
+from ..answer import Answer
 from ..engine import Request, StreamEvent
 from . import generation
-from .answers import Answer
+
 from .body import read_request
 from .driver import Batch
 from .errors import ApiError
