@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from ..sampling import SamplingParams
 
 Checkpoint = Annotated[
     str, typer.Argument(metavar="PATH", help="Checkpoint directory.", show_default=False)
@@ -75,6 +77,14 @@ OutputDirectory = Annotated[Path, typer.Argument(metavar="OUT", help="Directory 
 def show_progress(quiet: bool) -> bool:
     """Whether to draw progress bars: only for someone who watches."""
     return not quiet and sys.stderr.isatty()
+
+
+def sampling(**fields: Any) -> SamplingParams:
+    """SamplingParams; what they refuse is a mistake in the command line."""
+    try:
+        return SamplingParams(**fields)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def integers(text: str, option: str) -> list[int]:
