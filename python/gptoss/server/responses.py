@@ -19,7 +19,6 @@ from starlette.responses import JSONResponse, Response
 from ..answer import Answer
 from ..engine import Request, StreamEvent
 from . import generation
-
 from .body import read_request
 from .driver import Batch
 from .errors import ApiError
