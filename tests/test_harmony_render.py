@@ -303,6 +303,7 @@ def test_no_text_becomes_a_special_token(harmony: Harmony) -> None:
         ({"role": "user"}, "messages must be a list"),
         (["Hi"], r"messages\[0\] must be an object"),
         ([user("Hi"), {"role": "robot", "content": ""}], r"messages\[1\]\.role must be one of"),
+        ([{"role": 10**5000, "content": "Hi"}], r"messages\[0\]\.role must be one of"),
         ([{"role": ["user"], "content": "Hi"}], r"messages\[0\]\.role must be one of"),
         ([{"role": "user"}], r"messages\[0\]\.content is missing"),
         ([{"role": "user", "content": 5}], r"messages\[0\]\.content must be a list"),
@@ -378,6 +379,10 @@ def deep(n: int) -> dict:
             "is not JSON",
         ),
         (
+            [{"type": "function", "function": {"name": "f", "parameters": {"a": 10**5000}}}],
+            r"tools\[0\]\.function\.parameters is not JSON, or out of range: a very large integer",
+        ),
+        (
             [{"type": "function", "function": {"name": "f", "parameters": {"a": {1}}}}],
             "is not JSON",
         ),
@@ -445,6 +450,7 @@ def test_vocabulary_is_cached_and_the_environment_left_alone(
 
     tokenizer = Tokenizer.from_file(harmony_path / "tokenizer.json")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("TIKTOKEN_ENCODINGS_BASE", raising=False)
     before = dict(os.environ)
     cached = cache_directory() / "o200k_base.tiktoken"
     assert cached == tmp_path / "gptoss" / "o200k_base.tiktoken"
@@ -463,6 +469,7 @@ def test_vocabulary_is_cached_and_the_environment_left_alone(
     cached.write_bytes(b"damaged")
     load()
     assert hashlib.sha256(cached.read_bytes()).hexdigest() == SHA256
+    monkeypatch.setenv("TIKTOKEN_ENCODINGS_BASE", "/elsewhere")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / "x"))  # cannot be made
     (tmp_path / "file").write_text("")
     before = dict(os.environ)
