@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the server needs the extra `serve`")
 
-from scripted_core import neighbour
+from scripted_core import LIKELY, SECOND, neighbour
 from server_tools import NAME, Scripted, exchange, scripted, small_tokenizer
 
 JSON = {"content-type": "application/json"}
@@ -130,16 +130,16 @@ def test_logprobs(served: Scripted) -> None:
     assert found["tokens"] == names
     assert found["text_offset"] == [0, len(names[0]), len(names[0]) + len(names[1])]
     vocab_size = served.core.config.vocab_size
-    others = (vocab_size - 2) * math.exp(-30)
+    others = (vocab_size - 2) * math.exp(-LIKELY)
     for token, logprob, top in zip(
         tokens, found["token_logprobs"], found["top_logprobs"], strict=True
     ):
-        expected = -math.log(1 + math.exp(-10) + others)
+        expected = -math.log(1 + math.exp(SECOND - LIKELY) + others)
         assert logprob == pytest.approx(expected, abs=1e-5)
         second = served.tokenizer.decode([neighbour(token, vocab_size)])
         assert top == {
             served.tokenizer.decode([token]): logprob,
-            second: pytest.approx(expected - 10, abs=1e-5),
+            second: pytest.approx(expected + SECOND - LIKELY, abs=1e-5),
         }
 
 
@@ -187,7 +187,8 @@ def test_sampling_fields_reach_the_sampler(served: Scripted) -> None:
     biased = {"prompt": "a", "max_tokens": 1, "logit_bias": {str(first): -100}}
     neighbours = served.tokenizer.decode([neighbour(first, served.core.config.vocab_size)])
     assert post(served, biased)["choices"][0]["text"] == neighbours
-    hot = {"prompt": "a", "max_tokens": 8, "temperature": 2, "seed": 5, "repetition_penalty": 10}
+    even = {str(token): SECOND - LIKELY for token in served.tokenizer.encode(TEXT)}
+    hot = {"prompt": "a", "max_tokens": 8, "temperature": 2, "seed": 5, "logit_bias": even}
     texts = {post(served, hot)["choices"][0]["text"] for _ in range(3)}
     assert len(texts) == 1
     assert post(served, hot | {"seed": 6})["choices"][0]["text"] not in texts

@@ -13,7 +13,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
-from . import chat, completions, models
+from . import chat, completions, models, responses, web
 from .driver import Driver
 from .errors import ApiError
 from .metrics import Metrics
@@ -71,7 +71,7 @@ def create_app(model: ServedModel, settings: Settings) -> FastAPI:
     app.state.metrics = metrics
     app.state.scorer = PromptScorer(model.model)
     app.state.draining = False
-    for part in (models, completions, chat):
+    for part in (models, completions, chat, responses, web):
         app.include_router(part.router)
     return app
 
