@@ -4,6 +4,7 @@ import datetime
 import hashlib
 import json
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -434,6 +435,26 @@ def test_the_deepest_and_longest_tools_that_are_allowed(harmony: Harmony) -> Non
     }
     text = rendered(harmony, [user("Hi")], tools=[{"type": "function", "function": tool}])
     assert "x" * MAX_TOOL_RUN in text
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_schemas_that_make_no_sense(harmony: Harmony, seed: int) -> None:
+    """Any JSON object is taken for a schema, and stays text."""
+    rng = random.Random(seed)
+    words = ["type", "properties", "enum", "description", "default", "oneOf", "items", "required"]
+    plain = ["object", "string", "array", "<|end|>", "é\0", "", 1, -2.5, 1e308, True, None]
+
+    def value(depth: int) -> object:
+        kind = rng.choice([0, 1, 2]) if depth else 0
+        if kind == 1:
+            return {rng.choice(words): value(depth - 1) for _ in range(4)}
+        return [value(depth - 1) for _ in range(3)] if kind else rng.choice(plain)
+
+    for _ in range(20):
+        parameters = {rng.choice(words): value(4) for _ in range(4)}
+        tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+        tokens = harmony.render([user("Hi")], tools=[tool])
+        assert sum(token >= 199998 for token in tokens) == 3 * 3 + 1
 
 
 @pytest.mark.parametrize("piece", [" ", "a", "漢", "!", "\n"])
