@@ -23,7 +23,7 @@ def tokenizer(tiny_path: Path) -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def compiler(tokenizer: Tokenizer) -> GrammarCompiler:
-    return GrammarCompiler(tokenizer, vocab_size=600)  # more logits than tokens, as in the true one
+    return GrammarCompiler(tokenizer, limits=GrammarLimits(seconds=60))  # on a busy machine, too
 
 
 def test_strict_is_to_the_letter(compiler: GrammarCompiler) -> None:
@@ -87,8 +87,13 @@ HOSTILE = {
         {"allOf": [{"anyOf": [an_object(**{f"{i}{j}": {}}) for i in range(6)]} for j in range(8)]},
         "schema too large",
     ),
+    "multiple": (an_object(a={"type": "integer", "multipleOf": 99991}), "multipleOf"),
     "multiples": (
-        {"allOf": [{"type": "integer", "multipleOf": prime} for prime in (9973, 9967, 9949)]},
+        an_object(**{f"p{i}": {"type": "number", "multipleOf": 99.91 + i} for i in range(3)}),
+        "multipleOf with digits of 30273",
+    ),
+    "product of multiples": (
+        {"allOf": [{"type": "integer", "multipleOf": prime} for prime in (997, 991, 983)]},
         "cannot be enforced",
     ),
     "options": (

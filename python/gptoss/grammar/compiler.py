@@ -125,6 +125,7 @@ class GrammarCompiler:
         self._cache_size = cache_size
         self._cache: OrderedDict[bytes, llguidance.LLMatcher] = OrderedDict()
         self._lock = threading.Lock()
+        self._turn = threading.Lock()
         self._worker = ThreadPoolExecutor(1, "gptoss-grammar")
 
     def harmony(
@@ -167,20 +168,27 @@ class GrammarCompiler:
             if key in self._cache:
                 self._cache.move_to_end(key)
                 return self._cache[key]
+        with self._turn:  # one at a time: others' schemas do not count as one's own time
+            with self._lock:
+                if key in self._cache:  # somebody else has just compiled it
+                    return self._cache[key]
+            matcher = self._compile_in_time(grammar, endings)
+            with self._lock:
+                self._cache[key] = matcher
+                while len(self._cache) > self._cache_size:
+                    self._cache.popitem(last=False)
+        return matcher
+
+    def _compile_in_time(self, grammar: str, endings: Endings) -> llguidance.LLMatcher:
+        # The parser cannot be interrupted. Its own limits end what is given up here.
         work: Future[llguidance.LLMatcher] = self._worker.submit(self._compile, grammar, endings)
         try:
-            matcher = work.result(self.limits.seconds)
+            return work.result(self.limits.seconds)
         except TimeoutError:
             work.cancel()
             names = ", ".join(binding.where for binding in endings.bindings[:3])
             message = f"{names} took more than {self.limits.seconds:g} s to compile"
             raise GrammarError(message) from None
-        with self._lock:
-            self._cache[key] = matcher
-            self._cache.move_to_end(key)
-            while len(self._cache) > self._cache_size:
-                self._cache.popitem(last=False)
-        return matcher
 
     def _compile(self, grammar: str, endings: Endings) -> llguidance.LLMatcher:
         matcher_of = self._llguidance.LLMatcher

@@ -8,8 +8,10 @@ could never get out again.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 JsonSchema = Mapping[str, Any]
@@ -31,6 +33,8 @@ class GrammarLimits:
             recurse through references.
         string_length: characters of one property name, value or pattern. A mask costs time in
             proportion to it.
+        multiples: all `multipleOf` of a schema together, without decimal point: the lexer takes as
+            many states.
         tools: number of tools.
         seconds: wall clock for compiling one request's grammar.
     """
@@ -40,6 +44,7 @@ class GrammarLimits:
     references: int = 256
     reference_depth: int = 1024
     string_length: int = 8192
+    multiples: int = 20_000
     tools: int = 128
     seconds: float = 2.0
 
@@ -54,6 +59,7 @@ def check_schema(where: str, schema: JsonSchema, limits: GrammarLimits) -> str:
         GrammarError: names `where`, the schema's place in the request.
     """
     references = set()
+    multiples = 0
     for value, depth in _walk(schema):
         if depth > limits.depth:
             raise GrammarError(f"{where} is nested more than {limits.depth} levels deep")
@@ -62,8 +68,15 @@ def check_schema(where: str, schema: JsonSchema, limits: GrammarLimits) -> str:
                 f"{where} holds a string of {len(value)} characters, at most "
                 f"{limits.string_length} are allowed"
             )
-        if isinstance(value, Mapping) and isinstance(value.get("$ref"), str):
-            references.add(value["$ref"])
+        if isinstance(value, Mapping):
+            if isinstance(value.get("$ref"), str):
+                references.add(value["$ref"])
+            multiples += _digits(value.get("multipleOf"))
+    if multiples > limits.multiples:
+        raise GrammarError(
+            f"{where} has multipleOf with digits of {multiples} together, at most "
+            f"{limits.multiples} are allowed"
+        )
     text = _to_json(where, schema, limits)
     targets = {name: _resolve(schema, name) for name in sorted(references)}
     _check_references(where, schema, targets, limits)
@@ -83,6 +96,16 @@ def _to_json(where: str, schema: JsonSchema, limits: GrammarLimits) -> str:
     if n_bytes > limits.schema_bytes:
         raise GrammarError(f"{where} has {n_bytes} bytes, at most {limits.schema_bytes} allowed")
     return text
+
+
+def _digits(number: object) -> int:
+    """A number without its sign and decimal point: 15 of -1.5; 0 of what is no finite number."""
+    if isinstance(number, bool) or not isinstance(number, int | float):
+        return 0
+    if isinstance(number, int):
+        return abs(number)
+    digits = Decimal(repr(number)).as_tuple().digits if math.isfinite(number) else ()
+    return int("".join(map(str, digits)) or "0")
 
 
 def _walk(root: object) -> Iterator[tuple[object, int]]:
