@@ -8,10 +8,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import openai
 import pytest
-
-openai = pytest.importorskip("openai", reason="needs the extra `test`")
-pytest.importorskip("fastapi", reason="the server needs the extra `serve`")
 
 from gptoss.server.answers import Answer
 from gptoss.tokenizer import Tokenizer
@@ -361,7 +359,7 @@ def test_a_model_that_cannot_chat() -> None:
     with live(scripted("x")) as server:
         url = f"{server.url}/v1"
         with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
-            with pytest.raises(openai.BadRequestError, match="cannot|not chat"):
+            with pytest.raises(openai.BadRequestError, match="not chat"):
                 ask(client)
             assert client.completions.create(model=NAME, prompt="a").choices[0].text == "x"
 

@@ -9,8 +9,6 @@ from typing import Any
 import httpx
 import pytest
 
-pytest.importorskip("fastapi", reason="the server needs the extra `serve`")
-
 from scripted_core import neighbour
 from server_tools import NAME, Scripted, exchange, scripted, small_tokenizer
 

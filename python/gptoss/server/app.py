@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -22,7 +21,7 @@ from .safety import Safety
 from .served import ServedModel
 from .settings import Settings
 
-logger = logging.getLogger(__name__)
+ROUTERS = (models.router, completions.router, chat.router)
 
 
 def create_app(model: ServedModel, settings: Settings) -> FastAPI:
@@ -71,8 +70,8 @@ def create_app(model: ServedModel, settings: Settings) -> FastAPI:
     app.state.metrics = metrics
     app.state.scorer = PromptScorer(model.model)
     app.state.draining = False
-    for part in (models, completions, chat):
-        app.include_router(part.router)
+    for router in ROUTERS:
+        app.include_router(router)
     return app
 
 
