@@ -190,7 +190,7 @@ std::vector<std::vector<Sample>> Model::step(const std::vector<StepItem>& items,
     std::vector<std::vector<Sample>> samples =
         decodes ? decode(batch, items, logits, poll) : prefill(batch, items, logits, poll);
     for (size_t i = 0; i < items.size(); ++i) {
-      cache_->commit(items[i].sequence->cache_, static_cast<int64_t>(items[i].tokens.size()));
+      cache_->commit(items[i].sequence->cache_, std::ssize(items[i].tokens), items[i].tokens.data());
       for (const Sample& sample : samples[i]) items[i].sampler->record(sample.token);
     }
     return samples;
@@ -209,6 +209,12 @@ void Sequence::truncate(int64_t length) {
   CHECK(model_, "the sequence is closed");
   std::lock_guard lock(model_->mutex_);
   model_->cache_->truncate(cache_, length);
+}
+
+int64_t Sequence::reuse(const std::vector<int32_t>& tokens) {
+  CHECK(model_, "the sequence is closed");
+  std::lock_guard lock(model_->mutex_);
+  return model_->cache_->reuse(cache_, tokens.data(), std::ssize(tokens));
 }
 
 void Sequence::close() {
@@ -231,7 +237,7 @@ Model::Model(const ModelConfig& config, const ModelOptions& options)
         asked.batch_tokens);
   CHECK(asked.sequences >= 0 && asked.sequences <= 65536, "max_sequences must be between 1 and 65536, not ", asked.sequences);
   backend_ = make_backend(options.backend);
-  plan_ = plan_memory(*backend_, config_, asked, [this](const Limits& limits) {
+  plan_ = plan_memory(*backend_, config_, asked, options.prefix_cache, [this](const Limits& limits) {
     int64_t bytes = static_cast<int64_t>(backend_->workspace_bytes(config_, limits));
     for (const auto& [buffer, floats] : work_space(limits)) bytes += floats * static_cast<int64_t>(sizeof(float));
     return bytes;
@@ -240,7 +246,7 @@ Model::Model(const ModelConfig& config, const ModelOptions& options)
   loader_ = std::make_unique<WeightLoader>(*backend_, config_);
   backend_->reserve(config_, plan_.limits);
   for (const auto& [buffer, floats] : work_space(plan_.limits)) *buffer = backend_->allocate(floats * sizeof(float));
-  cache_ = std::make_unique<KvCache>(*backend_, config_, plan_.full_pages, plan_.window_pages);
+  cache_ = std::make_unique<KvCache>(*backend_, config_, plan_.full_pages, plan_.window_pages, plan_.cached_pages);
 }
 
 std::vector<std::pair<Buffer*, int64_t>> Model::work_space(const Limits& limits) {

@@ -19,6 +19,7 @@ struct ModelOptions {
   BackendOptions backend;
   int64_t max_context = 0;    // 0: the config's
   int64_t max_sequences = 0;  // 0: as memory allows, at most 256
+  bool prefix_cache = false;  // full pages stay for sequences that begin alike
 };
 
 enum class Want { kNothing, kLast, kAll };  // rows whose logits a step computes
@@ -32,6 +33,7 @@ class Sequence {
   ~Sequence();
   int64_t length() const { return cache_.length; }
   void truncate(int64_t length);
+  int64_t reuse(const std::vector<int32_t>& tokens);  // see KvCache::reuse
   void close();
 
  private:
@@ -68,7 +70,7 @@ class Model : public std::enable_shared_from_this<Model> {
 
   int64_t weight_bytes() const { return plan_.weight_bytes; }
   int64_t workspace_bytes() const { return plan_.workspace_bytes; }
-  int64_t cache_bytes() const { return cache_->bytes_in_use(); }
+  const KvCache& cache() const { return *cache_; }
 
  private:
   friend class Sequence;

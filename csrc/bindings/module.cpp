@@ -203,16 +203,26 @@ void bind_sampling(py::module_& m) {
 }
 
 void bind_core(py::module_& m) {
+  py::register_exception<CacheFull>(m, "CacheFull", PyExc_RuntimeError);
   py::class_<PySequence>(m, "Sequence")
       .def_property_readonly("length", [](PySequence& s) { return s.get().length(); })
       .def(
           "truncate", [](PySequence& s, int64_t length) { s.get().truncate(length); }, "length"_a,
           py::call_guard<py::gil_scoped_release>())
+      .def(
+          "reuse",
+          [](PySequence& s, const py::object& tokens) {
+            const std::vector<int32_t> ids = token_list(tokens);
+            py::gil_scoped_release release;
+            return s.get().reuse(ids);
+          },
+          "tokens"_a)
       .def("close", [](PySequence& s) { s.get().close(); }, py::call_guard<py::gil_scoped_release>());
 
   py::class_<Model, std::shared_ptr<Model>>(m, "Core")
       .def(py::init([](const ModelConfig& config, const std::string& device, int threads, int64_t max_context,
-                       int64_t max_batch_tokens, int64_t max_sequences, bool invariant, const std::string& precision) {
+                       int64_t max_batch_tokens, int64_t max_sequences, bool invariant, const std::string& precision,
+                       bool prefix_cache) {
              CHECK(threads >= 0, "threads must be 0 (as many as may be used) or more, not ", threads);
              CHECK(max_context >= 0, "max_context must be positive, not ", max_context);
              ModelOptions options;
@@ -221,11 +231,12 @@ void bind_core(py::module_& m) {
              options.backend.precision = precision_of(precision);
              options.max_context = max_context;
              options.max_sequences = max_sequences;
+             options.prefix_cache = prefix_cache;
              py::gil_scoped_release release;
              return std::make_shared<Model>(config, options);
            }),
            "config"_a, "device"_a = "cpu", "threads"_a = 0, "max_context"_a = 0, "max_batch_tokens"_a = 512,
-           "max_sequences"_a = 0, "invariant"_a = false, "precision"_a = "exact")
+           "max_sequences"_a = 0, "invariant"_a = false, "precision"_a = "exact", "prefix_cache"_a = false)
       .def(
           "load_tensor",
           [](Model& model, const std::string& name, py::object tensor) {
@@ -240,9 +251,21 @@ void bind_core(py::module_& m) {
       .def("memory",
            [](const Model& model) {
              return std::map<std::string, int64_t>{{"weights", model.weight_bytes()},
-                                                   {"cache_used", model.cache_bytes()},
+                                                   {"cache_used", model.cache().bytes_in_use()},
                                                    {"workspace", model.workspace_bytes()}};
            })
+      .def("free_pages", [](const Model& model) { return model.cache().free_pages(); })
+      .def("cache_stats",
+           [](const Model& model) {
+             const CacheStats stats = model.cache().stats();
+             return std::map<std::string, int64_t>{{"full_in_use", stats.full_in_use},
+                                                   {"window_in_use", stats.window_in_use},
+                                                   {"cached_pages", stats.cached_pages},
+                                                   {"prefix_tokens_asked", stats.prefix_tokens_asked},
+                                                   {"prefix_tokens_reused", stats.prefix_tokens_reused}};
+           })
+      .def_property_readonly("full_pages", [](const Model& model) { return model.cache().full_pages(); })
+      .def_property_readonly("window_pages", [](const Model& model) { return model.cache().window_pages(); })
       .def_property_readonly("config", &Model::config)
       .def_property_readonly("device", [](const Model& model) { return model.backend().device(); })
       .def_property_readonly("isa", [](const Model& model) { return model.backend().isa(); })

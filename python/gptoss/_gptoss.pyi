@@ -91,6 +91,9 @@ def cuda_available() -> bool:
 def build_info() -> dict[str, str]:
     """Compiler, flags and features of this build."""
 
+class CacheFull(RuntimeError):
+    """The cache has too few free pages for a step. Nothing has changed."""
+
 class Core:
     """One model on one device. Calls from several threads take turns."""
 
@@ -102,6 +105,10 @@ class Core:
     max_context: Final[int]
     max_batch_tokens: Final[int]
     max_sequences: Final[int]
+    full_pages: Final[int]
+    """Pages of 128 tokens that the layers which see everything have for all sequences together."""
+    window_pages: Final[int]
+    """The same of the window layers, which keep only the pages that a window still touches."""
 
     def __init__(
         self,
@@ -113,9 +120,11 @@ class Core:
         max_sequences: int = 0,
         invariant: bool = False,
         precision: str = "exact",
+        prefix_cache: bool = False,
     ) -> None:
         """0 means the default. Takes all memory; RuntimeError with the numbers if it is too little.
-        precision is "exact" or "fast", the latter on the CPU only.
+        precision is "exact" or "fast", the latter on the CPU only. With prefix_cache, full pages of
+        128 tokens stay when their sequence goes, for `Sequence.reuse`, until others need the room.
 
         Weights come by `load_tensor`, then `finish_loading`.
         """
@@ -127,7 +136,19 @@ class Core:
         """ValueError naming the tensors that are missing."""
 
     def memory(self) -> dict[str, int]:
-        """Bytes of "weights", "cache_used" and "workspace"."""
+        """Bytes of "weights", "cache_used" (the prefix cache's pages too) and "workspace"."""
+
+    def free_pages(self) -> tuple[int, int]:
+        """Pages of the full and of the window layers that sequences may still take.
+
+        Those that only the prefix cache holds are among them.
+        """
+
+    def cache_stats(self) -> dict[str, int]:
+        """full_in_use and window_in_use: pages that sequences hold. cached_pages: pages of tokens
+        that the prefix cache knows, held or not. prefix_tokens_asked and prefix_tokens_reused: of
+        all `Sequence.reuse` so far.
+        """
 
     def new_sequence(self) -> Sequence:
         """An empty sequence."""
@@ -150,6 +171,9 @@ class Core:
         Returns:
             For each item a list: the token drawn, or nothing without a sampler.
 
+        Raises:
+            CacheFull: too few free pages.
+
         After any exception, KeyboardInterrupt included, every sequence is as long as before.
         """
 
@@ -162,7 +186,17 @@ class Sequence:
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` tokens.
 
-        ValueError if a window layer has already let go of what the new end must see.
+        ValueError if a window layer has already let go of what the new end must see; or, with a
+        prefix cache, if the new end is inside a page that was full: shared pages are not written
+        again, so there only multiples of 128 can be returned to.
+        """
+
+    def reuse(self, tokens: Seq[int]) -> int:
+        """Begin with what the prefix cache holds of these tokens; ValueError unless empty.
+
+        Takes whole pages of 128 tokens, and never the last token, whose logits will be wanted.
+        Returns how many tokens need not be fed; 0 without a prefix cache. What follows has the same
+        bits as if they had been.
         """
 
     def close(self) -> None:
