@@ -8,7 +8,6 @@ from typing import Any
 
 import httpx
 import pytest
-
 from scripted_core import neighbour
 from server_tools import NAME, Scripted, exchange, scripted, small_tokenizer
 

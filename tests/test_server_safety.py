@@ -11,7 +11,6 @@ from typing import Any
 
 import httpx
 import pytest
-
 from gptoss.server.app import ROUTERS
 from gptoss.server.body import parse
 from gptoss.server.errors import ApiError
@@ -171,6 +170,13 @@ def test_no_cross_origin_headers_by_default() -> None:
 def post_raw(served: Scripted, content: Any, **headers: str) -> httpx.Response:
     headers = {"content-type": "application/json"} | headers
     return get(served, "POST", "/v1/completions", content=content, headers=headers)
+
+
+def test_header_size() -> None:
+    served = scripted("x", settings={"max_header_bytes": 1000})
+    assert get(served, headers={"x": "a" * 500}).status_code == 200
+    assert get(served, headers={"x": "a" * 1000}).status_code == 431
+    assert get(served, path="/health?" + "a" * 1000).status_code == 431
 
 
 def test_body_size() -> None:

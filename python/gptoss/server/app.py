@@ -69,7 +69,6 @@ def create_app(model: ServedModel, settings: Settings) -> FastAPI:
     app.state.driver = driver
     app.state.metrics = metrics
     app.state.scorer = PromptScorer(model.model)
-    app.state.draining = False
     for router in ROUTERS:
         app.include_router(router)
     return app
