@@ -18,26 +18,21 @@ import math
 import os
 import random
 import re
-import signal
-import socket
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import httpx
 from gptoss.tokenizer import Tokenizer
+from servers import peak_memory, running
 
 HERE = Path(__file__).resolve().parent
 ENGINES = ("llama", "exact", "fast")  # the last two are precisions of gptoss
-START_SECONDS, STOP_SECONDS = 900, 60
-GIB = 1 << 30
 
 
 @dataclass
@@ -135,54 +130,6 @@ def server_command(arguments: argparse.Namespace, engine: str, port: int) -> lis
     command += [*address, "--threads", threads, "--max-context", context, "--quiet"]
     command += ["--max-sequences", str(max(arguments.clients)), "--precision", engine]
     return command
-
-
-def free_port() -> int:
-    """A port nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-@contextmanager
-def running(arguments: argparse.Namespace, engine: str) -> Iterator[tuple[str, int]]:
-    """A server that answers: its URL and process id. It is gone afterwards."""
-    port = free_port()
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            server_command(arguments, engine, port), stdout=log, stderr=subprocess.STDOUT
-        )
-        try:
-            url = f"http://127.0.0.1:{port}"
-            wait_until_ready(process, url, log)
-            yield url, process.pid
-        finally:
-            process.send_signal(signal.SIGTERM)
-            try:
-                process.wait(STOP_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
-def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: TextIO) -> None:
-    """Returns once the server answers. Raises RuntimeError with its output if it ends or hangs."""
-    end = time.monotonic() + START_SECONDS
-    while process.poll() is None and time.monotonic() < end:
-        try:
-            if httpx.get(f"{url}/v1/models", timeout=5).status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.2)
-    log.seek(0)
-    raise RuntimeError(f"the server did not start:\n{log.read()[-4000:]}")
-
-
-def peak_memory(pid: int) -> float:
-    """Most resident memory of a process so far, in GiB."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024 / GIB
 
 
 # --- load -----------------------------------------------------------------------------------------
@@ -341,7 +288,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for number in range(arguments.rounds):
         for engine in arguments.engines if number % 2 == 0 else reversed(arguments.engines):
-            with running(arguments, engine) as (url, pid):
+            with running(partial(server_command, arguments, engine)) as (url, pid):
                 model = arguments.gguf if engine == "llama" else checkpoint.name
                 load = Load(url, model, [stop for stop in stops if stop is not None])
                 asyncio.run(load.check(words, arguments.prompt))

@@ -181,9 +181,12 @@ class ScriptedCore:
         """The token that the script wants next; past its end, the last again."""
         tokens = sequence.tokens
         if sequence.n_prompt is None:
-            # One that was preempted comes back with a part of its answer behind its prompt.
-            ends = range(len(tokens) - 1, 0, -1)
-            sequence.n_prompt = next((n for n in ends if tuple(tokens[:n]) in self._answers), None)
+            # One that was preempted comes back with a part of its answer behind its prompt. A next
+            # turn begins like that, too, but goes on behind the answer.
+            for end in range(len(tokens) - 1, 0, -1):
+                answer = self._answers.get(tuple(tokens[:end]))
+                if answer is not None and tokens[end:] == answer[: len(tokens) - end]:
+                    sequence.n_prompt = end
         if sequence.n_prompt is None:
             sequence.n_prompt = len(tokens)
             self._answers[tuple(tokens)] = list(self._script(list(tokens)))

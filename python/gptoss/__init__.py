@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from ._gptoss import __version__
 
 if TYPE_CHECKING:
+    from .chat import ChatResult, ChatStream
     from .engine import (
         Constraint,
         Engine,
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
     from .tokenizer import Tokenizer
 
 __all__ = [
+    "ChatResult",
+    "ChatStream",
     "Constraint",
     "Engine",
     "EngineStats",
@@ -47,6 +50,8 @@ __all__ = [
 ]
 
 _MODULE_OF = {
+    "ChatResult": "chat",
+    "ChatStream": "chat",
     "Constraint": "engine",
     "Engine": "engine",
     "EngineStats": "engine",

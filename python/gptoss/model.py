@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from os import PathLike
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 from . import _gptoss
 from .engine import (
@@ -22,9 +23,12 @@ from .engine import (
 )
 from .sampling import SamplingParams
 
-if TYPE_CHECKING:  # imported when first needed: both take long
+if TYPE_CHECKING:  # imported when first needed: they take long
     import torch
 
+    from .chat import ChatOptions, ChatResult, ChatStream
+    from .grammar import GrammarCompiler
+    from .harmony import Harmony
     from .tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -216,6 +220,64 @@ class Model:
             ValueError, RuntimeError: as `generate`.
         """
         return self._stream(self.request(prompt, params))
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        stream: Literal[False] = False,
+        **options: Unpack[ChatOptions],
+    ) -> ChatResult: ...
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        stream: Literal[True],
+        **options: Unpack[ChatOptions],
+    ) -> ChatStream: ...
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        stream: bool = False,
+        **options: Unpack[ChatOptions],
+    ) -> ChatResult | ChatStream:
+        """The assistant's next answer in a conversation.
+
+        Args:
+            messages: as OpenAI's chat completions has them: dicts with role and content.
+            stream: give an iterator over the pieces of the answer, not the answer at its end.
+            **options: `gptoss.chat.ChatOptions`: reasoning_effort, tools, tool_choice,
+                response_format, params, date.
+
+        Raises:
+            ValueError: an argument is not as it must be, the conversation does not fit the context,
+                or the checkpoint's tokenizer is not gpt-oss's. Nothing has been computed then.
+            ImportError: the extra `chat` is not installed, or `serve` where a grammar is needed.
+            RuntimeError: as `generate`.
+        """
+        from .chat import ChatStream, chat_request
+
+        answer = ChatStream(self.engine, *chat_request(self, messages, **options))
+        return answer if stream else answer.finish()
+
+    @cached_property
+    def harmony(self) -> Harmony:
+        """The chat format over this checkpoint's tokenizer; ValueError, ImportError as `chat`."""
+        from .harmony import Harmony
+
+        return Harmony.for_tokenizer(self.tokenizer)
+
+    @cached_property
+    def grammar(self) -> GrammarCompiler:
+        """Grammars over this checkpoint's vocabulary; ImportError without the extra `serve`."""
+        from .grammar import GrammarCompiler
+
+        return GrammarCompiler(self.harmony.tokenizer, self.config.vocab_size)
 
     def request(
         self,

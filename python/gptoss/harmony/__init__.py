@@ -10,8 +10,8 @@
 The format: https://github.com/openai/harmony/blob/main/docs/format.md
 """
 
-from .messages import MAX_TOOL_RUN, ToolDefinition
-from .parser import AssistantMessage, Delta, StreamParser, ToolCall
+from .messages import MAX_TOOL_RUN
+from .parser import AssistantMessage, Delta, MessageBuilder, StreamParser, ToolCall
 from .render import REASONING_EFFORTS, Harmony
 
 __all__ = [
@@ -20,7 +20,7 @@ __all__ = [
     "AssistantMessage",
     "Delta",
     "Harmony",
+    "MessageBuilder",
     "StreamParser",
     "ToolCall",
-    "ToolDefinition",
 ]

@@ -24,7 +24,6 @@ DeltaKind = Literal["reasoning", "content", "tool_call"]
 
 _ENDS = frozenset((v.END, v.RETURN, v.CALL, v.END_OF_TEXT))
 _LONGEST_HEADER = 64  # tokens; one that goes on is no header
-_LARGEST_TOKEN = 2**32 - 1
 
 _CHANNELS = "analysis|commentary|final"
 _ROLE = re.compile(
@@ -73,6 +72,32 @@ class AssistantMessage:
     tool_calls: list[ToolCall]
 
 
+class MessageBuilder:
+    """Puts deltas together to the answer that they are pieces of."""
+
+    def __init__(self) -> None:
+        self._texts: dict[str, list[str]] = {"reasoning": [], "content": []}
+        self._calls: list[tuple[str, str, list[str]]] = []  # id, name, arguments
+
+    def add(self, delta: Delta) -> None:
+        """Take the next delta of the answer."""
+        if delta.kind != "tool_call":
+            self._texts[delta.kind].append(delta.text)
+            return
+        if delta.name is not None and delta.id is not None:
+            self._calls.append((delta.id, delta.name, []))
+        self._calls[delta.index][2].append(delta.text)
+
+    @property
+    def message(self) -> AssistantMessage:
+        """The answer so far."""
+        return AssistantMessage(
+            "".join(self._texts["reasoning"]),
+            "".join(self._texts["content"]),
+            [ToolCall(id, name, "".join(arguments)) for id, name, arguments in self._calls],
+        )
+
+
 @dataclass(slots=True)
 class _Segment:
     """Tokens of a header behind a marker: <|start|>, <|channel|>, <|constrain|>, or 0 for the
@@ -107,17 +132,14 @@ class StreamParser:
         self._detokenizer: Detokenizer = tokenizer.detokenizer()
         self._kind: DeltaKind = "content"
         self._begun = False  # whether this message has any text
-        self._texts: dict[str, list[str]] = {"reasoning": [], "content": []}
-        self._calls: list[tuple[str, str, list[str]]] = []  # id, name, arguments
+        self._built = MessageBuilder()
+        self._n_calls = 0
+        self._written: set[DeltaKind] = set()  # kinds that have text
 
     @property
     def message(self) -> AssistantMessage:
         """The answer so far."""
-        return AssistantMessage(
-            "".join(self._texts["reasoning"]),
-            "".join(self._texts["content"]),
-            [ToolCall(id, name, "".join(arguments)) for id, name, arguments in self._calls],
-        )
+        return self._built.message
 
     def push(self, token: int) -> list[Delta]:
         """Take the next token; return what has become certain with it."""
@@ -132,7 +154,7 @@ class StreamParser:
             return []
         if token == v.MESSAGE:
             return [] if self._header is None else self._open(self._header, closed=True)
-        if not 0 <= token <= _LARGEST_TOKEN or token >= v.START_OF_TEXT:
+        if not 0 <= token < v.START_OF_TEXT:
             return []  # a control token where it means nothing, or no token at all
         if self._header is None:
             return self._write(self._detokenizer.push(token))
@@ -146,10 +168,10 @@ class StreamParser:
         return self._end([_Segment(0)], complete=False)
 
     def _end(self, header: list[_Segment], complete: bool) -> list[Delta]:
-        """End the message under way; the next one begins with `header`."""
+        """End the message under way, `complete` or cut off; the next one begins with `header`."""
         deltas = []
         if self._header is not None and any(segment.tokens for segment in self._header):
-            deltas += self._open(self._header, closed=False)
+            deltas += self._open(self._header, closed=False, cut=not complete)
         if self._header is None:
             deltas += self._write(self._detokenizer.flush())
             if complete and self._kind == "tool_call" and not self._begun:
@@ -157,24 +179,24 @@ class StreamParser:
         self._header = header
         return deltas
 
-    def _open(self, segments: list[_Segment], closed: bool) -> list[Delta]:
+    def _open(self, segments: list[_Segment], closed: bool, cut: bool = False) -> list[Delta]:
         """Begin a message's content. `closed`: its header ended as it should, with <|message|>;
-        else what the header has too much is the message's text."""
+        else what the header has too much is the message's text. `cut`: it may not be whole."""
         header = self._parse_header(segments, closed)
         self._header = None
         self._detokenizer = self._tokenizer.detokenizer()
         self._begun = False
         name = self._function(header)
-        if name is None:
+        if name is None or (cut and not header.rest):
             reasoning = header.channel == "analysis" or not header.assistant
             self._kind = "reasoning" if reasoning else "content"
             # A single word is a content type or some unknown name.
             lost = closed and len(header.rest.split()) <= 1
             return [] if lost else self._write(header.rest)
         self._kind = "tool_call"
-        self._calls.append((f"call_{secrets.token_hex(12)}", name, []))
-        id = self._calls[-1][0]
-        first = Delta("tool_call", "", len(self._calls) - 1, name, id)
+        self._n_calls += 1
+        id = f"call_{secrets.token_hex(12)}"
+        first = self._delta(Delta("tool_call", "", self._n_calls - 1, name, id))
         return [first] if closed else [first, *self._write(header.rest)]
 
     def _write(self, text: str) -> list[Delta]:
@@ -183,14 +205,16 @@ class StreamParser:
             return []
         if self._kind == "tool_call":
             self._begun = self._begun or not text.isspace()
-            self._calls[-1][2].append(text)
-            return [Delta("tool_call", text, len(self._calls) - 1)]
-        texts = self._texts[self._kind]
-        if not self._begun and texts:
+            return [self._delta(Delta("tool_call", text, self._n_calls - 1))]
+        if not self._begun and self._kind in self._written:
             text = "\n\n" + text
         self._begun = True
-        texts.append(text)
-        return [Delta(self._kind, text)]
+        self._written.add(self._kind)
+        return [self._delta(Delta(self._kind, text))]
+
+    def _delta(self, delta: Delta) -> Delta:
+        self._built.add(delta)
+        return delta
 
     def _function(self, header: _Header) -> str | None:
         """The function that a message calls, if it calls one."""

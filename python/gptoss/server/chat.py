@@ -13,10 +13,10 @@ from fastapi import APIRouter
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 
+from ..answer import Answer, Piece
 from ..engine import Request, TokenLogprob
 from ..harmony import Delta
 from . import generation
-from .answers import Answer, Piece
 from .body import read_request
 from .driver import Batch
 from .errors import ApiError

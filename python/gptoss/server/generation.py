@@ -96,7 +96,7 @@ def chat_requests(
     """Engine requests for `n` answers to a conversation: rendered, bound by a grammar where a
     format or a tool choice asks for one, ended by harmony's stop tokens.
 
-    `body.stop` is left out: stop strings are for what the user sees (answers.Answer). Takes a while
+    `body.stop` is left out: stop strings are for what the user sees (answer.Answer). Takes a while
     for long conversations and new schemas: not for the event loop's thread.
 
     Raises:

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from .. import _gptoss
-from ..engine import StreamEvent, TokenLogprob
-from ..harmony import Delta, StreamParser
-from ..harmony.vocabulary import START_OF_TEXT
+from . import _gptoss
+from .engine import StreamEvent, TokenLogprob
+from .harmony import Delta, StreamParser
+from .harmony.vocabulary import START_OF_TEXT
 
 
 @dataclass(slots=True)
