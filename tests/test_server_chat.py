@@ -10,7 +10,7 @@ from typing import Any
 
 import openai
 import pytest
-from gptoss.server.answers import Answer
+from gptoss.answer import Answer
 from gptoss.tokenizer import Tokenizer
 from harmony_text import tokens_of
 from jsonschema import validate
