@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -59,6 +60,8 @@ struct SampleRequest {
   int64_t row = 0;
   const Sampler* sampler = nullptr;
   int64_t position = 0;  // of the new token in its sequence
+  // Not -1: the row follows a guess of what the request before it draws, and is wanted only if that came true.
+  int32_t guess = -1;
 };
 
 // The most a model can be asked for; what its memory is planned by.
@@ -176,10 +179,11 @@ class Backend {
   }
 
   // Sampling, in three parts, so that the middle one can be recorded: which rows tokens are wanted of (no row twice); the draw;
-  // and the tokens, which are waited for. take_samples throws what Sampler::sample does.      logits: [n, V], left unchanged
+  // and the tokens, which are waited for: none behind a guess that was wrong. take_samples throws what Sampler::sample does.
+  //                                                                                         logits: [n, V], left unchanged
   virtual void ask_samples(const std::vector<SampleRequest>& requests) { asked_ = requests; }
   virtual void draw_samples(Mat<float>) {}
-  virtual std::vector<Sample> take_samples(Mat<const float> logits);
+  virtual std::vector<std::optional<Sample>> take_samples(Mat<const float> logits);
 
   // Waits until everything asked for is done and results may be read.
   virtual void synchronize() = 0;
@@ -188,6 +192,8 @@ class Backend {
   int64_t page_bytes(int64_t kv_heads) const { return kv_heads * kPageTokens * kHeadDim * 2; }
 
  protected:
+  virtual Sample take_sample(size_t i, Mat<const float> logits);  // of asked_[i], when all are there
+
   std::vector<SampleRequest> asked_;
 };
 

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <deque>
 #include <set>
 
 #include "check.h"
@@ -60,12 +61,26 @@ namespace {
 struct Wanted {
   std::vector<SampleRequest> requests;
   std::vector<size_t> items;
+  std::deque<Sampler> ahead;  // that have recorded guesses
 
-  void add(const std::vector<StepItem>& all, size_t item, int64_t row) {
+  // place: of the row among those that the item wants, which come in order.
+  void add(const std::vector<StepItem>& all, size_t item, int64_t row, int64_t place) {
     const StepItem& it = all[item];
     if (!it.sampler) return;
-    requests.push_back({row, it.sampler, it.sequence->length() + static_cast<int64_t>(it.tokens.size())});
+    const int64_t known = std::ssize(it.tokens) - it.n_drafts;  // tokens before the first guess
+    const int32_t guess = place > 0 ? it.tokens[known + place - 1] : -1;
+    const Sampler* sampler = place > 0 ? requests.back().sampler : it.sampler;
+    if (place > 0 && sampler->has_penalties()) {
+      ahead.push_back(*sampler);
+      ahead.back().record(guess);
+      sampler = &ahead.back();
+    }
+    requests.push_back({row, sampler, it.sequence->length() + known + place, guess});
     items.push_back(item);
+  }
+  void move(std::vector<std::vector<Sample>>& to, std::vector<std::optional<Sample>> drawn) const {
+    for (size_t i = 0; i < drawn.size(); ++i)
+      if (drawn[i]) to[items[i]].push_back(std::move(*drawn[i]));
   }
 };
 
@@ -75,7 +90,7 @@ struct Wanted {
 std::vector<std::vector<Sample>> Model::decode(const Batch& batch, const std::vector<StepItem>& items, float* logits,
                                                const std::function<void()>& poll) {
   Wanted wanted;
-  for (size_t i = 0; i < items.size(); ++i) wanted.add(items, i, static_cast<int64_t>(i));
+  for (size_t i = 0; i < items.size(); ++i) wanted.add(items, i, static_cast<int64_t>(i), 0);
   const bool samples = !wanted.requests.empty();
   if (samples) backend_->ask_samples(wanted.requests);
   backend_->run(batch, samples ? StepEnd::kSamples : StepEnd::kLogits, [&](int64_t n) {
@@ -86,9 +101,7 @@ std::vector<std::vector<Sample>> Model::decode(const Batch& batch, const std::ve
   const auto rows = logits_.mat<float>(batch.n_tokens(), config_.vocab_size);
   if (logits) backend_->copy_out(logits, rows.data, rows.size() * sizeof(float));
   std::vector<std::vector<Sample>> result(items.size());
-  if (!samples) return result;
-  std::vector<Sample> drawn = backend_->take_samples({rows.data, rows.rows, rows.cols});
-  for (size_t i = 0; i < drawn.size(); ++i) result[wanted.items[i]].push_back(std::move(drawn[i]));
+  if (samples) wanted.move(result, backend_->take_samples({rows.data, rows.rows, rows.cols}));
   return result;
 }
 
@@ -96,32 +109,34 @@ std::vector<std::vector<Sample>> Model::decode(const Batch& batch, const std::ve
 std::vector<std::vector<Sample>> Model::prefill(const Batch& batch, const std::vector<StepItem>& items, float* logits,
                                                 const std::function<void()>& poll) {
   backend_->run(batch, StepEnd::kLayers, [&](int64_t n) { forward(n, poll); });
+  struct Place {
+    size_t item;
+    int64_t place;  // among the rows that the item wants
+  };
   std::vector<int32_t> rows;
-  std::vector<size_t> item_of;
+  std::vector<Place> places;
   for (size_t i = 0; i < items.size(); ++i) {
-    const BatchSequence& sequence = batch.sequences[i];
-    const int64_t end = sequence.first_row + sequence.n_rows;
-    for (int64_t row = items[i].want == Want::kAll ? sequence.first_row : end - (items[i].want == Want::kLast); row < end;
-         ++row) {
-      rows.push_back(static_cast<int32_t>(row));
-      item_of.push_back(i);
+    const int64_t n = items[i].n_logits(), first = batch.sequences[i].first_row + batch.sequences[i].n_rows - n;
+    for (int64_t place = 0; place < n; ++place) {
+      rows.push_back(static_cast<int32_t>(first + place));
+      places.push_back({i, place});
     }
   }
 
   const int64_t n_rows = static_cast<int64_t>(rows.size()), V = config_.vocab_size;
   std::vector<std::vector<Sample>> result(items.size());
-  for (int64_t begin = 0; begin < n_rows; begin += Limits::kPromptLogitRows) {
-    const auto out = logits_.mat<float>(std::min(Limits::kPromptLogitRows, n_rows - begin), V);
+  for (int64_t begin = 0, end = 0; begin < n_rows; begin = end) {
+    end = std::min(n_rows, begin + Limits::kPromptLogitRows);
+    while (end < n_rows && places[end].place > 0 && items[places[end].item].sampler) --end;  // drafts stay together
+    const auto out = logits_.mat<float>(end - begin, V);
     Wanted wanted;
-    for (int64_t i = 0; i < out.rows; ++i) wanted.add(items, item_of[begin + i], i);
+    for (int64_t i = begin; i < end; ++i) wanted.add(items, places[i].item, i - begin, places[i].place);
     const bool samples = !wanted.requests.empty();
     if (samples) backend_->ask_samples(wanted.requests);
     unembed(out.rows, rows.data() + begin);
     if (samples) backend_->draw_samples(out);
     if (logits) backend_->copy_out(logits + begin * V, out.data, out.size() * sizeof(float));
-    if (!samples) continue;
-    std::vector<Sample> drawn = backend_->take_samples({out.data, out.rows, V});
-    for (size_t i = 0; i < drawn.size(); ++i) result[wanted.items[i]].push_back(std::move(drawn[i]));
+    if (samples) wanted.move(result, backend_->take_samples({out.data, out.rows, V}));
   }
   return result;
 }
@@ -151,6 +166,10 @@ void Model::check_items(const std::vector<StepItem>& items) const {
     CHECK(!item.sampler || item.want == Want::kLast, "an item with a sampler must want the logits of its last token");
     CHECK(!item.sampler || item.sampler->vocab_size() == config_.vocab_size, "a sampler was made for a vocabulary of ",
           item.sampler->vocab_size(), ", not ", config_.vocab_size);
+    CHECK(item.n_drafts == 0 || item.sampler, "an item with drafts must have a sampler");
+    const int64_t most_drafts = std::min(n, Limits::kPromptLogitRows) - 1;
+    CHECK(item.n_drafts >= 0 && item.n_drafts <= most_drafts, "n_drafts must be between 0 and ", most_drafts, " for ", n,
+          " tokens, not ", item.n_drafts);
     total += n;
   }
   CHECK(total <= max_batch_tokens(), "a step takes at most ", max_batch_tokens(), " tokens, not ", total);
@@ -190,8 +209,12 @@ std::vector<std::vector<Sample>> Model::step(const std::vector<StepItem>& items,
     std::vector<std::vector<Sample>> samples =
         decodes ? decode(batch, items, logits, poll) : prefill(batch, items, logits, poll);
     for (size_t i = 0; i < items.size(); ++i) {
-      cache_->commit(items[i].sequence->cache_, std::ssize(items[i].tokens), items[i].tokens.data());
-      for (const Sample& sample : samples[i]) items[i].sampler->record(sample.token);
+      const StepItem& item = items[i];
+      SequenceCache& cache = item.sequence->cache_;
+      const int64_t wrong = item.n_drafts > 0 ? item.n_drafts + 1 - std::ssize(samples[i]) : 0;
+      cache_->commit(cache, std::ssize(item.tokens) - wrong, item.tokens.data());
+      if (wrong > 0) cache_->trim(cache);
+      for (const Sample& sample : samples[i]) item.sampler->record(sample.token);
     }
     return samples;
   } catch (...) {

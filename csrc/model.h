@@ -3,7 +3,6 @@
 #include <functional>
 #include <memory>
 #include <mutex>
-#include <optional>
 #include <vector>
 
 #include "backend.h"
@@ -47,6 +46,13 @@ struct StepItem {
   std::vector<int32_t> tokens;  // appended to the sequence
   Want want = Want::kNothing;
   Sampler* sampler = nullptr;  // samples after the last token
+  // So many of the last tokens are guesses. A token is drawn before each as if it were not there, and behind the last; the
+  // first that is not the guess is the last that counts.
+  int64_t n_drafts = 0;
+
+  int64_t n_logits() const {  // rows
+    return want == Want::kAll ? std::ssize(tokens) : want == Want::kLast ? 1 + n_drafts : 0;
+  }
 };
 
 class Model : public std::enable_shared_from_this<Model> {
@@ -63,9 +69,10 @@ class Model : public std::enable_shared_from_this<Model> {
   void load(const HostTensor& tensor);
   void finish_loading();
 
-  // Runs the items' tokens through the model. Wanted rows of logits, [vocab] each, go to `logits` in order if it is not null.
-  // Returns the samples of each item: one with a sampler, none without. On any exception every sequence and sampler is as it
-  // was. `poll` is called between layers and may throw.
+  // Runs the items' tokens through the model. Wanted rows of logits, [vocab] each, go to `logits` in order if it is not null:
+  // with drafts, Want::kLast is the rows of all samples. Returns the samples of each item: one with a sampler, none without,
+  // and with drafts one more than there were right guesses; tokens behind those do not count. On any exception every sequence
+  // and sampler is as it was. `poll` is called between layers and may throw.
   std::vector<std::vector<Sample>> step(const std::vector<StepItem>& items, float* logits, const std::function<void()>& poll);
 
   int64_t weight_bytes() const { return plan_.weight_bytes; }

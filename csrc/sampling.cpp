@@ -115,10 +115,14 @@ void Sampler::allow(const uint32_t* mask) {
   mask_ = std::move(words);
 }
 
+bool Sampler::has_penalties() const {
+  const Penalties p = penalties();
+  return p.repetition != 1 || p.presence != 0 || p.frequency != 0;
+}
+
 void Sampler::record(int32_t token) {
   check_token(token);
-  const Penalties p = penalties();
-  if (p.repetition == 1 && p.presence == 0 && p.frequency == 0) return;
+  if (!has_penalties()) return;
   TokenAdjustment& adjustment = adjustment_of(token);
   adjustment.repeated = 1;
   ++adjustment.count;

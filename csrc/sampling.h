@@ -1,10 +1,11 @@
 // From one row of logits to one token.
 //
-// In this order: tokens that a mask forbids are left out; logit_bias is added; repetition, presence and frequency penalties; at temperature 0 the largest logit wins
-// (ties: the lower id); else logits are divided by the temperature, the top_k largest stay (ties: lower ids), of those the
-// smallest set of the most probable that reaches top_p of their mass, of those the ones with at least min_p of the largest
-// probability; and one of the rest is drawn by its probability. The random number depends on seed and position alone, so a
-// sequence repeats whatever it is batched with. Log-probabilities are those of the model, before any of this.
+// In this order: tokens that a mask forbids are left out; logit_bias is added; repetition, presence and frequency penalties; at
+// temperature 0 the largest logit wins (ties: the lower id); else logits are divided by the temperature, the top_k largest stay
+// (ties: lower ids), of those the smallest set of the most probable that reaches top_p of their mass, of those the ones with at
+// least min_p of the largest probability; and one of the rest is drawn by its probability. The random number depends on seed
+// and position alone, so a sequence repeats whatever it is batched with. Log-probabilities are those of the model, before any
+// of this.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -70,6 +71,7 @@ class Sampler {
   int64_t vocab_size() const { return vocab_size_; }
   const SamplingOptions& options() const { return options_; }
   Penalties penalties() const { return {options_.repetition_penalty, options_.presence_penalty, options_.frequency_penalty}; }
+  bool has_penalties() const;  // whether a token that is recorded changes anything
   // By token, each token once.
   const std::vector<TokenAdjustment>& adjustments() const { return adjustments_; }
   void observe_prompt(const int32_t* tokens, int64_t n);

@@ -27,7 +27,7 @@ def test_threads_share_a_model(tiny: Model) -> None:
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))
-    assert tiny.core.memory()["cache_used"] == 0
+    assert tiny.core.cache_stats()["full_in_use"] == 0
 
 
 def test_a_stream_keeps_its_pace_beside_another_thread(tiny: Model) -> None:
@@ -47,7 +47,7 @@ def test_a_stream_keeps_its_pace_beside_another_thread(tiny: Model) -> None:
     finally:
         stop.set()
         thread.join()
-    assert tiny.core.memory()["cache_used"] == 0
+    assert tiny.core.cache_stats()["full_in_use"] == 0
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_ctrl_c(tiny: Model, prompts: list) -> None:
     with pytest.raises(KeyboardInterrupt):
         tiny.generate(prompts, ENDLESS)
     assert time.perf_counter() - sent < 0.5
-    assert tiny.core.memory()["cache_used"] == 0
+    assert tiny.core.cache_stats()["full_in_use"] == 0
     assert len(tiny.generate("again", PARAMS).tokens) == 30
 
 

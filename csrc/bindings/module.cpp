@@ -79,11 +79,16 @@ std::vector<std::vector<Sample>> step(Model& model, const py::list& items, const
   std::vector<StepItem> steps;
   int64_t n_wanted = 0;
   for (py::handle entry : items) {
-    const auto [sequence, tokens, want, sampler] = py::cast<std::tuple<PySequence*, py::object, int, Sampler*>>(entry);
+    CHECK(py::isinstance<py::tuple>(entry) && (py::len(entry) == 4 || py::len(entry) == 5),
+          "an item must be a tuple (sequence, tokens, want, sampler) or (sequence, tokens, want, sampler, n_drafts)");
+    const auto fields = py::reinterpret_borrow<py::tuple>(entry);
+    const auto [sequence, tokens, want, sampler] =
+        py::cast<std::tuple<PySequence*, py::object, int, Sampler*>>(fields[py::slice(0, 4, 1)]);
     CHECK(want >= 0 && want <= 2, "want must be 0, 1 or 2, not ", want);
     CHECK(sequence, "a sequence must not be None");
-    steps.push_back({&sequence->get(), token_list(tokens), static_cast<Want>(want), sampler});
-    n_wanted += want == 2 ? static_cast<int64_t>(steps.back().tokens.size()) : want;
+    steps.push_back({&sequence->get(), token_list(tokens), static_cast<Want>(want), sampler,
+                     fields.size() > 4 ? py::cast<int64_t>(fields[4]) : 0});
+    n_wanted += steps.back().n_logits();
   }
   std::optional<BorrowedTensor> out;
   float* rows = nullptr;
@@ -264,6 +269,7 @@ void bind_core(py::module_& m) {
                                                    {"prefix_tokens_asked", stats.prefix_tokens_asked},
                                                    {"prefix_tokens_reused", stats.prefix_tokens_reused}};
            })
+      .def_property_readonly("page_tokens", [](const Model&) { return kPageTokens; })
       .def_property_readonly("full_pages", [](const Model& model) { return model.cache().full_pages(); })
       .def_property_readonly("window_pages", [](const Model& model) { return model.cache().window_pages(); })
       .def_property_readonly("config", &Model::config)

@@ -64,7 +64,8 @@ class CudaBackend final : public Backend {
   void moe_add(Mat<float> x, Mat<const float> t, const Routing& top, const ExpertWeights& experts) override;
   void ask_samples(const std::vector<SampleRequest>& requests) override;
   void draw_samples(Mat<float> logits) override;
-  std::vector<Sample> take_samples(Mat<const float> logits) override;
+  std::vector<std::optional<Sample>> take_samples(Mat<const float> logits) override;
+  Sample take_sample(size_t i, Mat<const float> logits) override;
   void norm_qkv(Mat<float> q, const KvLayer& cache, Mat<const float> x, const Norm& norm, const Weight& weight,
                 const float* bias, const RopeTable& rope, int64_t kv_heads, Mat<float> t, Mat<float> qkv) override;
   void norm_route(Routing top, Mat<float> t, Mat<const float> x, const Norm& norm, const Weight& weight,

@@ -172,22 +172,16 @@ void CudaBackend::draw_samples(Mat<float> logits) {
   CUDA_CHECK(cudaMemcpyAsync(sample_results_pinned_.data(), sample_results_.data(), bytes, cudaMemcpyDeviceToHost, *stream_));
 }
 
-std::vector<Sample> CudaBackend::take_samples(Mat<const float> logits) {
+std::vector<std::optional<Sample>> CudaBackend::take_samples(Mat<const float> logits) {
   use();
   stream_->wait();
-  if (samples_on_host_) return Backend::take_samples(logits);
-  std::vector<Sample> samples;
-  std::vector<float> row(logits.cols);
-  for (size_t i = 0; i < asked_.size(); ++i) {
-    const SampleRequest& request = asked_[i];
-    if (request.sampler->options().logprobs > kTopLogprobs) {
-      copy_out(row.data(), logits.row(request.row), row.size() * sizeof(float));
-      samples.push_back(request.sampler->sample(row.data(), request.position));
-    } else {
-      samples.push_back(finish_sample(sample_results_pinned_.as<SampleResult>()[i], *request.sampler));
-    }
-  }
-  return samples;
+  return Backend::take_samples(logits);
+}
+
+Sample CudaBackend::take_sample(size_t i, Mat<const float> logits) {
+  const Sampler& sampler = *asked_[i].sampler;
+  if (samples_on_host_ || sampler.options().logprobs > kTopLogprobs) return Backend::take_sample(i, logits);
+  return finish_sample(sample_results_pinned_.as<SampleResult>()[i], sampler);
 }
 
 }  // namespace gptoss::cuda

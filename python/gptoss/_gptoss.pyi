@@ -105,6 +105,8 @@ class Core:
     max_context: Final[int]
     max_batch_tokens: Final[int]
     max_sequences: Final[int]
+    page_tokens: Final[int]
+    """Tokens of a cache page."""
     full_pages: Final[int]
     """Pages of 128 tokens that the layers which see everything have for all sequences together."""
     window_pages: Final[int]
@@ -155,21 +157,31 @@ class Core:
 
     def step(
         self,
-        items: Seq[tuple[Sequence, Seq[int], int, Sampler | None]],
+        items: list[
+            tuple[Sequence, Seq[int], int, Sampler | None]
+            | tuple[Sequence, Seq[int], int, Sampler | None, int]
+        ],
         logits: DLPackTensor | None = None,
     ) -> list[list[Sample]]:
         """Run one ragged batch through the model.
 
         Args:
-            items: (sequence, tokens appended to it, want, sampler). want is 0 for nothing, 1 for
-                the logits of the last token, 2 for those of all. A sampler (want 1) draws the next
-                token from them; it is recorded in the sampler and not appended to the sequence. No
-                sequence may come twice; they are at most `max_sequences`, and all tokens together
-                at most `max_batch_tokens`.
+            items: (sequence, tokens appended to it, want, sampler[, n_drafts]). want is 0 for
+                nothing, 1 for the logits of the last token, 2 for those of all. A sampler (want 1)
+                draws the next token from them; it is recorded in the sampler and not appended to
+                the sequence. No sequence may come twice; they are at most `max_sequences`, and all
+                tokens together at most `max_batch_tokens`.
+                With n_drafts, at most 63, that many of the last tokens are guesses: a token is
+                drawn before each of them and behind the last, as far as the guesses before it were
+                what was drawn, and only guesses that came true stay in the sequence. Tokens and log
+                probabilities are those of one token a step, bit for bit (on sm_90, where the core
+                is invariant). A mask holds for all rows. want 1 is then the logits of these
+                n_drafts + 1 rows.
             logits: float32 [wanted rows, vocab_size], filled in the order of the items.
 
         Returns:
-            For each item a list: the token drawn, or nothing without a sampler.
+            For each item a list: the token drawn, or nothing without a sampler; with n_drafts the
+            guesses that came true and one token more.
 
         Raises:
             CacheFull: too few free pages.

@@ -91,6 +91,7 @@ class Model:
         invariant: bool = False,
         threads: int | None = None,
         precision: str = "exact",
+        prefix_cache: bool = True,
         progress: bool = True,
     ) -> Model:
         """Load a checkpoint: a Hugging Face directory or OpenAI's `original/` directory.
@@ -108,6 +109,8 @@ class Model:
             precision: "exact": weights as the checkpoint has them, bfloat16 operands. "fast", on
                 the CPU: attention and unembedding weights rounded to 8 bits, int8 operands; less
                 memory and time, more error (docs/performance.md).
+            prefix_cache: keep pages of the cache that nobody holds any more, for prompts that begin
+                alike. The results are the same.
             progress: show a progress bar on stderr.
 
         Raises:
@@ -121,8 +124,9 @@ class Model:
         max_context = _optional_count("max_context", max_context, 2**31 - 1)
         max_sequences = _optional_count("max_sequences", max_sequences, _MAX_SEQUENCES)
         threads = _optional_count("threads", threads, _MAX_THREADS)
-        if not isinstance(invariant, bool):
-            raise ValueError(f"invariant must be True or False, not {invariant!r}")
+        for name, flag in (("invariant", invariant), ("prefix_cache", prefix_cache)):
+            if not isinstance(flag, bool):
+                raise ValueError(f"{name} must be True or False, not {flag!r}")
         if precision not in ("exact", "fast"):
             raise ValueError(f'precision must be "exact" or "fast", not {precision!r}')
         if precision == "fast" and device != "cpu":
@@ -145,6 +149,7 @@ class Model:
             max_sequences=max_sequences or 0,
             invariant=invariant,
             precision=precision,
+            prefix_cache=prefix_cache,
         )
         checkpoint.load_into(core, progress)
         core.finish_loading()
@@ -432,8 +437,10 @@ def _device(device: Any) -> str:
 
 
 def _optional_count(name: str, value: Any, most: int) -> int | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not hasattr(value, "__index__") or not 1 <= value <= most:
-        raise ValueError(f"{name} must be an integer from 1 to {most}, not {value!r}")
+    return None if value is None else _count(name, value, 1, most)
+
+
+def _count(name: str, value: Any, least: int, most: int) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__") or not least <= value <= most:
+        raise ValueError(f"{name} must be an integer from {least} to {most}, not {value!r}")
     return int(value)

@@ -56,6 +56,7 @@ class Tokenizer:
         backend.no_padding()
         self._backend = backend
         self._added = {id: t.content for id, t in backend.get_added_tokens_decoder().items()}
+        self._bytes: dict[int, bytes] = {}  # of tokens that were asked for
         self._byte_level = isinstance(backend.decoder, tokenizers.decoders.ByteLevel)
 
     @classmethod
@@ -121,6 +122,14 @@ class Tokenizer:
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes a token of a byte-level tokenizer stands for (a special token: its name)."""
+        found = self._bytes.get(token)
+        if found is None:
+            found = self._spelled(token)
+            if found:  # else it may be any number
+                self._bytes[token] = found
+        return found
+
+    def _spelled(self, token: int) -> bytes:
         name = self._added.get(token)
         if name is not None:
             return name.encode()

@@ -34,14 +34,15 @@ from .options import (
     TopK,
     TopP,
     integers,
+    sampling,
     show_progress,
 )
+from .terminal import printable
 
 if TYPE_CHECKING:
     from ..engine import Timings
     from ..model import Model, Prompt
 
-_CONTROL = {c: "\ufffd" for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"}
 _DEFAULT = SamplingParams()
 
 
@@ -80,25 +81,22 @@ def generate(
     A checkpoint without a tokenizer takes --tokens and prints token ids.
     """
     given = _prompt(prompt, tokens)
-    try:
-        params = SamplingParams(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty,
-            logit_bias=_logit_bias(logit_bias or []),
-            seed=seed,
-            stop=stop or (),
-            stop_token_ids=stop_token or (),
-            logprobs=logprobs,
-            ignore_eos=ignore_eos,
-        )
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+    params = sampling(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        logit_bias=_logit_bias(logit_bias or []),
+        seed=seed,
+        stop=stop or (),
+        stop_token_ids=stop_token or (),
+        logprobs=logprobs,
+        ignore_eos=ignore_eos,
+    )
 
     from ..model import Model
 
@@ -121,10 +119,9 @@ def generate(
 
 def print_stream(model: Model, prompt: Prompt, params: SamplingParams) -> Timings:
     """Print a generation to stdout as it comes: text, or token ids where there is no tokenizer."""
-    terminal = sys.stdout.isatty()
     for event in model.stream(prompt, params):
         text = event.text if model.tokenizer else f"{event.token} "
-        print(text.translate(_CONTROL) if terminal else text, end="", flush=True)
+        print(printable(text), end="", flush=True)
     print()
     assert event.timings is not None
     return event.timings

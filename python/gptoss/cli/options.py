@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+
+from ..sampling import SamplingParams
 
 Checkpoint = Annotated[
     str, typer.Argument(metavar="PATH", help="Checkpoint directory.", show_default=False)
@@ -61,6 +63,12 @@ IgnoreEos = Annotated[
     bool, typer.Option("--ignore-eos", help="Go on after the model's stop tokens.")
 ]
 
+Speculate = Annotated[
+    int,
+    typer.Option(
+        help="Guess up to so many tokens ahead where text repeats itself: the same result, sooner."
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress bar, no statistics.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 OutputDirectory = Annotated[Path, typer.Argument(metavar="OUT", help="Directory to make.")]
@@ -69,6 +77,14 @@ OutputDirectory = Annotated[Path, typer.Argument(metavar="OUT", help="Directory 
 def show_progress(quiet: bool) -> bool:
     """Whether to draw progress bars: only for someone who watches."""
     return not quiet and sys.stderr.isatty()
+
+
+def sampling(**fields: Any) -> SamplingParams:
+    """SamplingParams; what they refuse is a mistake in the command line."""
+    try:
+        return SamplingParams(**fields)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def integers(text: str, option: str) -> list[int]:

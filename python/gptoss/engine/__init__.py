@@ -6,6 +6,7 @@ on its way.
 
 from .engine import Engine
 from .generation import Generation, make_sampler
+from .schedule import MAX_DRAFTS
 from .types import (
     Constraint,
     EngineStats,
@@ -18,6 +19,7 @@ from .types import (
 )
 
 __all__ = [
+    "MAX_DRAFTS",
     "Constraint",
     "Engine",
     "EngineStats",

@@ -56,13 +56,23 @@ class Engine:
             max_sequences: None for as many as the core takes.
             max_waiting: see above.
             speculate: most tokens to guess ahead for each sequence (docs/python.md); 0 is off.
+
+        Raises:
+            ValueError: a number is too small.
         """
+        for name, value, least in (
+            ("max_sequences", max_sequences, 1),
+            ("max_waiting", max_waiting, 0),
+            ("speculate", speculate, 0),
+        ):
+            if value is not None and value < least:
+                raise ValueError(f"{name} must be at least {least}, not {value}")
         # A token of every generation fits one step.
         most = min(core.max_batch_tokens, core.max_sequences)
         self.tokenizer = tokenizer
         self.max_sequences = most if max_sequences is None else min(max_sequences, most)
         self.max_waiting = max_waiting
-        self.max_tokens = core.max_context
+        self.max_tokens = min(core.max_context, core.full_pages * core.page_tokens)
         self._core: _gptoss.Core | None = core
         self._vocab_size = core.config.vocab_size
         self._speculate = speculate
@@ -206,6 +216,8 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Counts, for monitoring."""
+        core = self.core
+        pages = core.cache_stats()
         with HeldInterrupts(), self._lock:
             schedule = self._schedule
             return EngineStats(
@@ -217,6 +229,11 @@ class Engine:
                 preemptions=schedule.preemptions,
                 draft_tokens=schedule.draft_tokens,
                 accepted_draft_tokens=schedule.accepted_draft_tokens,
+                full_pages=core.full_pages,
+                full_pages_in_use=pages["full_in_use"],
+                window_pages=core.window_pages,
+                window_pages_in_use=pages["window_in_use"],
+                cached_pages=pages["cached_pages"],
             )
 
     def _generation(self, request: Request) -> Generation:
@@ -296,6 +313,13 @@ class Engine:
                 interrupts.let_through(sequence)
                 try:
                     samples = core.step(plan.items)
+                except _gptoss.CacheFull:
+                    with self._lock:
+                        if plan.drafts:
+                            with_drafts = False
+                        elif not (self._release_ended() or self._schedule.preempt()):
+                            raise
+                    continue
                 except BaseException as error:  # Ctrl-C, or what another signal's handler raised
                     undone = not isinstance(error, Exception) and sequence.length == length
                     raise

@@ -18,10 +18,11 @@ from .types import StreamEvent
 # Tokens of prompts in a step that also writes. A step's time on a CPU grows with its tokens, so
 # this is a compromise between the pace of those that write and how soon a prompt is read; measured
 # in docs/architecture.md. A card reads hundreds of tokens in little more than the time of one.
-_CPU_CHUNK = 64
+_CPU_CHUNK = 32
 # Rows of a step up to which guesses are worth their time: below, the step waits for memory, and
 # more rows share what is read; above, it computes, and wrong guesses cost as much as right ones.
-_DRAFT_ROWS = 8
+_DRAFT_ROWS = 16
+MAX_DRAFTS = _DRAFT_ROWS - 1  # of one sequence
 
 
 @dataclass(slots=True)
@@ -47,6 +48,8 @@ class Schedule:
         self._max_sequences = max_sequences
         self._step_tokens = core.max_batch_tokens
         self._busy_chunk = _CPU_CHUNK if core.device == "cpu" else core.max_batch_tokens
+        self._page_tokens = core.page_tokens
+        self._refused = False  # the first in line did not fit, and nothing was freed since
         self.waiting: deque[Generation] = deque()
         self.reading: list[Generation] = []
         self.writing: list[Generation] = []
@@ -91,6 +94,8 @@ class Schedule:
         ):
             generation.n_read += count
             if drawn:
+                if generation.n_new == 0:
+                    self.prompt_tokens += len(generation.request.tokens)
                 self.reading.remove(generation)
                 self.writing.append(generation)
                 self._take(generation, drawn, now, events)
@@ -104,6 +109,7 @@ class Schedule:
                 place.remove(generation)
                 break
         generation.stop()
+        self._refused = False
 
     def fail(self, generation: Generation, error: BaseException) -> None:
         """End it with an error."""
@@ -124,15 +130,37 @@ class Schedule:
         return True
 
     def _admit(self, core: _gptoss.Core) -> None:
-        while self.waiting:
+        while self.waiting and not self._refused:
             if len(self.writing) + len(self.reading) == self._max_sequences:
                 return
             generation = self.waiting[0]
             generation.start(core.new_sequence())
+            n_reused = generation.reuse()
+            if not self._fits(core, generation):
+                generation.stop()
+                self._refused = True
+                return
             self.waiting.popleft()
             self.reading.append(generation)
-            if generation.n_new == 0:
-                self.prompt_tokens += len(generation.request.tokens)
+            self.reused_tokens += n_reused
+
+    def _fits(self, core: _gptoss.Core, generation: Generation) -> bool:
+        """Whether its tokens and the next fit, beside what the prompts before it will take and a
+        page more for each that runs: else it would soon be sent away again.
+
+        The window layers have room for `max_sequences` by their plan. Where nothing runs there is
+        nobody to wait for.
+        """
+        n_running = len(self.writing) + len(self.reading)
+        if n_running == 0:
+            return True
+        needed = n_running + sum(self._pages_to_come(other) for other in self.reading)
+        n_free, _ = core.free_pages()
+        return needed + self._pages_to_come(generation) <= n_free
+
+    def _pages_to_come(self, generation: Generation) -> int:
+        page = self._page_tokens
+        return -(-(len(generation.tokens) + 1) // page) - -(-generation.n_read // page)
 
     def _plan_writers(self, plan: Plan, with_drafts: bool) -> None:
         items, writers = plan.items, plan.writers
@@ -159,6 +187,8 @@ class Schedule:
         for generation in self.reading.copy():
             if budget == 0:
                 break
+            if generation.n_read == 0:  # another may have read the same beginning meanwhile
+                self.reused_tokens += generation.reuse()
             if generation.started_at is None:
                 generation.started_at = time.perf_counter()
             begin, n_tokens = generation.n_read, len(generation.tokens)

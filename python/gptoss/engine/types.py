@@ -112,12 +112,17 @@ class EngineStats:
     Attributes:
         running: generations that hold cache now.
         waiting: generations that wait for a place now.
-        prompt_tokens: of all prompts admitted, reused ones included.
+        prompt_tokens: of all prompts that were read, reused ones included.
         generated_tokens: tokens drawn.
         prefix_tokens_reused: tokens that came out of the prefix cache instead of being computed.
         preemptions: how often a generation gave its cache to older ones.
         draft_tokens: guesses made by speculation.
         accepted_draft_tokens: those that came true.
+        full_pages: pages of the cache for layers that see everything.
+        full_pages_in_use: of those, held by sequences now.
+        window_pages: pages of the cache for window layers.
+        window_pages_in_use: of those, held by sequences now.
+        cached_pages: pages that the prefix cache knows now, held by sequences or not.
     """
 
     running: int
@@ -128,3 +133,8 @@ class EngineStats:
     preemptions: int
     draft_tokens: int
     accepted_draft_tokens: int
+    full_pages: int
+    full_pages_in_use: int
+    window_pages: int
+    window_pages_in_use: int
+    cached_pages: int
