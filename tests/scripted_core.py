@@ -16,11 +16,11 @@ from gptoss import _gptoss
 
 Script = Callable[[list[int]], Sequence[int]]
 
-LIKELY = 30.0  # the logit of the next token; all others have 0 but those of `neighbour`
+LIKELY, SECOND = 40.0, 20.0  # logits of the next token and of its `neighbour`; others have 0
 
 
 def neighbour(token: int, vocab_size: int) -> int:
-    """The token that comes second, logit 20, where `token` is the likeliest."""
+    """The token that comes second where `token` is the likeliest."""
     return (token + 1) % vocab_size
 
 
@@ -150,7 +150,7 @@ class ScriptedCore:
     def row(self, token: int) -> numpy.ndarray:
         """Logits float32 [vocab_size] that make `token` all but certain."""
         row = numpy.zeros(self.config.vocab_size, numpy.float32)
-        row[neighbour(token, len(row))] = LIKELY - 10
+        row[neighbour(token, len(row))] = SECOND
         row[token] = LIKELY
         return row
 
