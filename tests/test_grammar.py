@@ -5,7 +5,6 @@ ever end.
 """
 
 import json
-import random
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -15,67 +14,25 @@ import jsonschema
 import numpy as np
 import pytest
 from gptoss import Model, SamplingParams
-from gptoss.grammar import GrammarCompiler, GrammarConstraint, GrammarError, GrammarLimits
+from gptoss.grammar import GrammarCompiler, GrammarError
 from gptoss.tokenizer import Tokenizer
+from grammar_cases import (
+    ARGUMENTS,
+    PERSON,
+    SCHEMAS,
+    TOOLS,
+    TREE,
+    Schema,
+    Walk,
+    an_object,
+    closing_tokens,
+    function,
+    json_schema,
+    named,
+)
 
 if TYPE_CHECKING:
     from gptoss.harmony import Harmony
-
-Schema = dict[str, Any]
-
-
-def an_object(**properties: Schema) -> Schema:
-    return {
-        "type": "object",
-        "properties": properties,
-        "required": list(properties),
-        "additionalProperties": False,
-    }
-
-
-PERSON = an_object(
-    name={"type": "string"},
-    age={"type": "integer", "minimum": 0, "maximum": 150},
-    tags={"type": "array", "items": {"enum": ["a", "b", 'c"\\']}, "maxItems": 3},
-)
-TREE = {
-    "$defs": {
-        "node": an_object(
-            value={"type": ["number", "null"]},
-            children={"type": "array", "items": {"$ref": "#/$defs/node"}},
-        )
-    },
-    "$ref": "#/$defs/node",
-}
-ORDER = an_object(
-    id={"type": "string", "pattern": "^[A-Z]{3}-[0-9]{2,4}$"},
-    when={"type": "string", "format": "date"},
-    item={"anyOf": [an_object(kind={"const": "a"}), an_object(kind={"const": "b"}, n=PERSON)]},
-    text={"type": "string", "maxLength": 12},
-)
-INJECTION = an_object(**{'"} \n start: /.*/ ': {"const": "\n%json {} <[1]> <|return|>"}})
-SCHEMAS = {"person": PERSON, "tree": TREE, "order": ORDER, "injection": INJECTION}
-
-
-def function(name: str, parameters: Schema | None = None, strict: bool | None = None) -> Schema:
-    content = {"name": name, "parameters": parameters, "strict": strict}
-    return {"type": "function", "function": {k: v for k, v in content.items() if v is not None}}
-
-
-def named(name: str) -> Schema:
-    return {"type": "function", "function": {"name": name}}
-
-
-def json_schema(schema: Any, strict: Any = True) -> Schema:
-    return {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": strict}}
-
-
-TOOLS = [
-    function("get", PERSON, strict=True),
-    function("get_weather", an_object(city={"type": "string"})),
-    function("now"),
-]
-ARGUMENTS = {"get": PERSON, "get_weather": an_object(city={"type": "string"}), "now": an_object()}
 
 
 @pytest.fixture(scope="module")
@@ -86,42 +43,6 @@ def tokenizer(tiny_path: Path) -> Tokenizer:
 @pytest.fixture(scope="module")
 def compiler(tokenizer: Tokenizer) -> GrammarCompiler:
     return GrammarCompiler(tokenizer, vocab_size=600)  # more logits than tokens, as in the true one
-
-
-class Walk:
-    """Draws a turn at random under its masks, and takes it apart by its special tokens."""
-
-    def __init__(self, tokenizer: Tokenizer, constraint: GrammarConstraint, seed: int) -> None:
-        self.tokenizer = tokenizer
-        self.constraint = constraint
-        self.random = random.Random(seed)
-        ends = ("<|return|>", "<|call|>")
-        self.last = {id: name for name in ends if (id := tokenizer.token_id(name)) is not None}
-        self.closing = closing_tokens(tokenizer)
-        self.tokens: list[int] = []
-
-    def allowed(self) -> np.ndarray:
-        mask = self.constraint.mask()
-        return np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little"))
-
-    def run(self, limit: int = 4000) -> "Walk":
-        while not self.tokens or self.tokens[-1] not in self.last:
-            allowed = self.allowed()
-            assert len(allowed) > 0, self.tokenizer.decode(self.tokens)
-            closing = [token for token in self.closing if token in allowed]
-            choices = closing if closing and self.random.random() < 0.5 else allowed
-            token = int(self.random.choice(choices))
-            self.constraint.accept(token)
-            self.tokens.append(token)
-            assert len(self.tokens) < limit, self.tokenizer.decode(self.tokens)
-        return self
-
-    def messages(self) -> list[tuple[str, str]]:
-        """(header, text) of every message; the header of the last without what ends it."""
-        end = self.last[self.tokens[-1]]
-        text = self.tokenizer.decode(self.tokens).removesuffix(end)
-        found = [part.partition("<|message|>") for part in text.split("<|end|><|start|>assistant")]
-        return [(header, content) for header, _, content in found]
 
 
 Walker = Callable[..., Walk]
@@ -135,13 +56,6 @@ def walk(tokenizer: Tokenizer, compiler: GrammarCompiler) -> Walker:
         return Walk(tokenizer, constraint, seed).run()
 
     return walk
-
-
-def closing_tokens(tokenizer: Tokenizer) -> list[int]:
-    """Tokens that end something, or lead to an end."""
-    names = ("<|end|>", "<|return|>", "<|call|>")
-    special = [id for name in names if (id := tokenizer.token_id(name)) is not None]
-    return special + [tokenizer.encode(text)[0] for text in ('"', "}", "]", ",")]
 
 
 def header_of_call(header: str) -> str | None:
@@ -277,139 +191,6 @@ def test_refused_token(tokenizer: Tokenizer, compiler: GrammarCompiler) -> None:
     assert constraint is not None
     with pytest.raises(GrammarError, match="cannot go on"):
         constraint.accept(tokenizer.token_id("<|message|>"))
-
-
-def test_strict_is_to_the_letter(compiler: GrammarCompiler) -> None:
-    schema = an_object(a={"not": {"type": "string"}})
-    with pytest.raises(GrammarError, match=r"json_schema\.schema cannot be enforced.*not"):
-        compiler.harmony(json_schema(schema))
-    assert compiler.harmony(json_schema(schema, strict=False)) is not None
-    with pytest.raises(GrammarError, match=r"tools\[1\]\.function\.parameters.*not"):
-        compiler.harmony(None, [TOOLS[0], function("f", schema, strict=True)])
-
-
-def nested(depth: int) -> Schema:
-    schema: Schema = {"type": "null"}
-    for _ in range(depth):
-        schema = {"type": "array", "items": schema}
-    return schema
-
-
-def chain(length: int, **more: Any) -> Schema:
-    """Each definition refers to the next."""
-    links = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}", **more} for i in range(length)}
-    return {"$defs": {**links, f"d{length}": {"type": "null"}}, "$ref": "#/$defs/d0"}
-
-
-def test_deepest_schemas_compile(compiler: GrammarCompiler) -> None:
-    """The compiler recurses on the native stack: what the limits allow must not overflow it."""
-    link = {"$ref": "#/$defs/d{}"}
-    for _ in range(28):
-        link = {"allOf": [link]}
-    text = json.dumps(link)
-    deep = {f"d{i}": json.loads(text.replace("{}", str(i + 1))) for i in range(17)}
-    schemas = (nested(62), chain(255), {"$defs": {**deep, "d17": {}}, "$ref": "#/$defs/d0"})
-    for schema in schemas:
-        assert compiler.harmony(json_schema(schema)) is not None
-
-
-HOSTILE = {
-    "not an object": ([1], "must be an object"),
-    "deep": (nested(3000), "nested more than 64"),
-    "deep dictionary": (nested(33) | {"x": {"a": nested(63)}}, "nested more than 64"),
-    "chain": (chain(3000), "at most 256 are allowed"),
-    "deep chain": (chain(200, x=nested(7)), "nest more than 1024"),
-    "large": ({"enum": [f"value {i}" for i in range(20000)]}, "bytes, at most 131072"),
-    "long string": ({"const": "x" * 9000}, "string of 9000 characters"),
-    "long key": (an_object(**{"x" * 9000: {}}), "string of 9000 characters"),
-    "surrogate": ({"const": "\ud800"}, "surrogate"),
-    "nan": ({"type": "number", "minimum": float("nan")}, "not JSON"),
-    "infinite": (
-        {"$defs": {"n": an_object(c={"$ref": "#/$defs/n"})}, "$ref": "#/$defs/n"},
-        "not fulfilled by any finite value",
-    ),
-    "itself": ({"$ref": "#"}, "not fulfilled by any finite value"),
-    "ring": (an_object(a={"allOf": [{"$ref": "#"}]}), "not fulfilled by any finite value"),
-    "items": ({"type": "array", "items": {"$ref": "#"}, "minItems": 1}, "finite value"),
-    "unknown type": ({"type": "strin"}, "Invalid type"),
-    "wrong keyword": ({"type": "object", "properties": [1]}, "properties must be"),
-    "contradiction": ({"type": "string", "minLength": 5, "maxLength": 2}, "cannot be enforced"),
-    "file": ({"$ref": "file:///etc/passwd"}, "cannot be enforced"),
-    "parentheses": ({"type": "string", "pattern": "(" * 4000 + ")" * 4000}, "cannot be enforced"),
-    "product": (
-        {"allOf": [{"anyOf": [an_object(**{f"{i}{j}": {}}) for i in range(6)]} for j in range(8)]},
-        "schema too large",
-    ),
-    "multiples": (
-        {"allOf": [{"type": "integer", "multipleOf": prime} for prime in (9973, 9967, 9949)]},
-        "cannot be enforced",
-    ),
-    "options": (
-        {"type": "object", "properties": {f"p{i}": {"type": "null"} for i in range(2500)}},
-        "cannot be enforced",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-@pytest.mark.parametrize("strict", [True, False])
-def test_hostile_schemas(compiler: GrammarCompiler, name: str, strict: bool) -> None:
-    schema, message = HOSTILE[name]
-    with pytest.raises(GrammarError, match=message) as caught:
-        compiler.harmony(json_schema(schema, strict))
-    assert len(str(caught.value)) < 500 and "\n" not in str(caught.value)
-
-
-def test_options_of_the_compiler_are_not_for_requests(walk: Walker) -> None:
-    schema = {**PERSON, "x-guidance": {"lenient": True, "item_separator": ";"}}
-    jsonschema.validate(json.loads(walk(1, json_schema(schema)).messages()[-1][1]), PERSON)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        (({"type": "xml"},), r"response_format\.type is 'xml'"),
-        (({},), r"response_format\.type must be a string"),
-        (({"type": "json_schema"},), r"response_format\.json_schema must be an object"),
-        (({"type": "json_schema", "json_schema": {}},), r"json_schema\.schema must be an object"),
-        ((json_schema({}, strict=1),), r"json_schema\.strict must be true or false"),
-        ((None, [{"type": "function"}]), r"tools\[0\]\.function must be an object"),
-        ((None, [function("a b")]), r"tools\[0\]\.function\.name must be 1 to 64"),
-        ((None, [function("a"), function("a")]), r"tools\[1\]\.function\.name is 'a'"),
-        ((None, [function("f")] * 129), "tools has 129 entries"),
-        ((None, TOOLS, "sometimes"), "tool_choice is 'sometimes'"),
-        ((None, TOOLS, named("nobody")), r"tool_choice\.function\.name is 'nobody'"),
-        ((None, [], "required"), "tools is empty"),
-        ((None, [function("f", {"type": "array"})], "required"), r"parameters\.type is 'array'"),
-        (
-            (None, [function(f"f{i}", {"const": "x" * 8000}) for i in range(20)], "required"),
-            "bytes together",
-        ),
-    ],
-)
-def test_bad_fields(compiler: GrammarCompiler, fields: tuple[Any, ...], message: str) -> None:
-    with pytest.raises(GrammarError, match=message):
-        compiler.harmony(*fields)
-
-
-def test_compile_time_is_bounded(tokenizer: Tokenizer) -> None:
-    compiler = GrammarCompiler(tokenizer, limits=GrammarLimits(seconds=0.05))
-    done = threading.Event()
-    compiler._worker.submit(done.wait)  # as if another schema took long
-    try:
-        with pytest.raises(GrammarError, match=r"json_schema\.schema took more than 0\.05 s"):
-            compiler.harmony(json_schema(PERSON))
-    finally:
-        done.set()
-
-
-def test_tokenizer_without_harmony(tmp_path: Path) -> None:
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import models
-
-    tokenizer = Tokenizer(Backend(models.BPE()))
-    with pytest.raises(ValueError, match=r"no special token <\|start\|>"):
-        GrammarCompiler(tokenizer)
 
 
 def test_threads_and_cache(tokenizer: Tokenizer) -> None:

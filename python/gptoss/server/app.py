@@ -12,7 +12,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
-from . import chat, completions, models
+from . import chat, completions, models, responses, web
 from .driver import Driver
 from .errors import ApiError
 from .metrics import Metrics
@@ -21,7 +21,7 @@ from .safety import Safety
 from .served import ServedModel
 from .settings import Settings
 
-ROUTERS = (models.router, completions.router, chat.router)
+ROUTERS = (models.router, completions.router, chat.router, responses.router, web.router)
 
 
 def create_app(model: ServedModel, settings: Settings) -> FastAPI:

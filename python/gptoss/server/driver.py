@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from ..engine import Engine, Generation, QueueFull, Request, StreamEvent
+from ..grammar import GrammarError
 from .errors import ApiError, internal_error, queue_full, unavailable
 from .logs import log_failure
 from .metrics import Metrics
@@ -137,15 +138,22 @@ class Driver:
         for key, batch in list(self._batches.items()):
             generation = batch.by_id[key]
             if generation.finish_reason == "error":
-                if generation.error is not None:
-                    log_failure(logger, "generation failed", generation.error)
-                batch.fail(internal_error())
+                batch.fail(_failure(generation.error))
             elif key not in changed:
                 continue
             elif len(generation.events) > self._settings.max_backlog:
                 batch.fail(ApiError(408, "The answer was not read fast enough.", code="slow_read"))
             else:
                 batch.wake()
+
+
+def _failure(error: BaseException | None) -> ApiError:
+    """What the client of a generation that failed is told."""
+    if isinstance(error, GrammarError):  # the schema was too much for the parser's limits
+        return ApiError(400, str(error), param="response_format", code="schema_too_complex")
+    if error is not None:
+        log_failure(logger, "generation failed", error)
+    return internal_error()
 
 
 class Batch:
