@@ -252,6 +252,8 @@ def send(port: int, hostile: Hostile) -> str:
         try:
             while b"\r\n" not in answer and (part := connection.recv(4096)):
                 answer += part
+                if answer.startswith(b"HTTP/1.1 100 "):  # "go on": the answer comes behind it
+                    answer = answer.partition(b"\r\n\r\n")[2]
         except TimeoutError:
             return "no answer in time"
         except OSError:
