@@ -4,6 +4,7 @@ import datetime
 import hashlib
 import json
 import os
+import random
 from pathlib import Path
 
 import pytest
@@ -303,6 +304,7 @@ def test_no_text_becomes_a_special_token(harmony: Harmony) -> None:
         ({"role": "user"}, "messages must be a list"),
         (["Hi"], r"messages\[0\] must be an object"),
         ([user("Hi"), {"role": "robot", "content": ""}], r"messages\[1\]\.role must be one of"),
+        ([{"role": 10**5000, "content": "Hi"}], r"messages\[0\]\.role must be one of"),
         ([{"role": ["user"], "content": "Hi"}], r"messages\[0\]\.role must be one of"),
         ([{"role": "user"}], r"messages\[0\]\.content is missing"),
         ([{"role": "user", "content": 5}], r"messages\[0\]\.content must be a list"),
@@ -378,6 +380,10 @@ def deep(n: int) -> dict:
             "is not JSON",
         ),
         (
+            [{"type": "function", "function": {"name": "f", "parameters": {"a": 10**5000}}}],
+            r"tools\[0\]\.function\.parameters is not JSON, or out of range: a very large integer",
+        ),
+        (
             [{"type": "function", "function": {"name": "f", "parameters": {"a": {1}}}}],
             "is not JSON",
         ),
@@ -431,6 +437,26 @@ def test_the_deepest_and_longest_tools_that_are_allowed(harmony: Harmony) -> Non
     assert "x" * MAX_TOOL_RUN in text
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_schemas_that_make_no_sense(harmony: Harmony, seed: int) -> None:
+    """Any JSON object is taken for a schema, and stays text."""
+    rng = random.Random(seed)
+    words = ["type", "properties", "enum", "description", "default", "oneOf", "items", "required"]
+    plain = ["object", "string", "array", "<|end|>", "é\0", "", 1, -2.5, 1e308, True, None]
+
+    def value(depth: int) -> object:
+        kind = rng.choice([0, 1, 2]) if depth else 0
+        if kind == 1:
+            return {rng.choice(words): value(depth - 1) for _ in range(4)}
+        return [value(depth - 1) for _ in range(3)] if kind else rng.choice(plain)
+
+    for _ in range(20):
+        parameters = {rng.choice(words): value(4) for _ in range(4)}
+        tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+        tokens = harmony.render([user("Hi")], tools=[tool])
+        assert sum(token >= 199998 for token in tokens) == 3 * 3 + 1
+
+
 @pytest.mark.parametrize("piece", [" ", "a", "漢", "!", "\n"])
 def test_long_runs_of_text_cost_no_more_than_other_text(harmony: Harmony, piece: str) -> None:
     """openai-harmony's own encoder dies of a million of them, and needs minutes before."""
@@ -445,6 +471,7 @@ def test_vocabulary_is_cached_and_the_environment_left_alone(
 
     tokenizer = Tokenizer.from_file(harmony_path / "tokenizer.json")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("TIKTOKEN_ENCODINGS_BASE", raising=False)
     before = dict(os.environ)
     cached = cache_directory() / "o200k_base.tiktoken"
     assert cached == tmp_path / "gptoss" / "o200k_base.tiktoken"
@@ -463,6 +490,7 @@ def test_vocabulary_is_cached_and_the_environment_left_alone(
     cached.write_bytes(b"damaged")
     load()
     assert hashlib.sha256(cached.read_bytes()).hexdigest() == SHA256
+    monkeypatch.setenv("TIKTOKEN_ENCODINGS_BASE", "/elsewhere")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file" / "x"))  # cannot be made
     (tmp_path / "file").write_text("")
     before = dict(os.environ)

@@ -11,6 +11,7 @@ What is said to whom, and what is left out (https://github.com/openai/harmony, d
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -232,13 +233,16 @@ def check_json(value: Any, path: str) -> list[str]:
             stack += [(part, depth + 1) for part in item.values()]
         elif isinstance(item, (list, tuple)):
             stack += [(part, depth + 1) for part in item]
-        elif not (item is None or isinstance(item, (bool, int)) or _is_finite(item)):
-            raise ValueError(f"{path} is not JSON: {_shown(item)}")
+        elif not (item is None or isinstance(item, bool) or _is_number(item)):
+            raise ValueError(f"{path} is not JSON, or out of range: {_shown(item)}")
     return texts
 
 
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, float) and abs(value) != float("inf") and value == value
+def _is_number(value: Any) -> bool:
+    """Whether a value is a number that fits a double."""
+    if isinstance(value, int):
+        return value.bit_length() <= 1023
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def _name(name: Any, path: str) -> str:
@@ -273,6 +277,8 @@ def _shown(value: object) -> str:
     """A value for an error message, without much of what may be a user's text."""
     if value is None:
         return "missing"
+    if isinstance(value, int) and value.bit_length() > 128:
+        return "a very large integer"
     if isinstance(value, (bool, int, float, str)):
         text = repr(value)
         return text if len(text) <= 40 else text[:37] + "..."
