@@ -321,12 +321,13 @@ def main() -> None:
     from gptoss.synth import synthesize
 
     with tempfile.TemporaryDirectory(prefix="gptoss-hostile-") as directory:
-        shape: dict[str, Any] = {"n_layers": 2, "max_context": 2048}
+        shape: dict[str, Any] = {"n_layers": 2}
         if arguments.tokenizer is not None:
             shape |= {"tokenizer": arguments.tokenizer, "vocab_size": 201088, "hidden_size": 64}
         path = synthesize(Path(directory) / "model", progress=False, **shape)
         serve = [sys.executable, "-m", "gptoss.cli", "serve", "--model", str(path), "--quiet"]
-        serve += ["--device", "cpu", "--max-sequences", "8", "--max-waiting", "32"]
+        serve += ["--device", "cpu", "--max-context", "2048"]
+        serve += ["--max-sequences", "8", "--max-waiting", "32"]
         with running(lambda port: [*serve, "--port", str(port)]) as (url, _):
             port = int(url.rpartition(":")[2])
             statuses, faults = attack(port, arguments.count, arguments.seed)
