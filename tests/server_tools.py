@@ -17,7 +17,7 @@ import tokenizers
 from fastapi import FastAPI
 from gptoss.model import Model
 from gptoss.server.app import create_app
-from gptoss.server.serve import make_server
+from gptoss.server.serve import bind, make_server
 from gptoss.server.served import ServedModel
 from gptoss.server.settings import Settings
 from gptoss.synth_tokenizer import build_tokenizer
@@ -68,7 +68,9 @@ def scripted(
     fake = ScriptedCore(script, max(tokenizer.vocab_size, VOCAB_SIZE), **core)
     model = Model(fake, tokenizer, [stop])
     model.engine.max_waiting = max_waiting
-    app = create_app(ServedModel(model, NAME), Settings(model_name=NAME, **(settings or {})))
+    app = create_app(
+        ServedModel(model, NAME), Settings(**{"model_name": NAME, "port": 0, **(settings or {})})
+    )
     return Scripted(fake, model, app)
 
 
@@ -118,13 +120,12 @@ def live(served: Scripted) -> Iterator[Live]:
     settings: Settings = served.app.state.settings
     started = threading.Event()
     server = make_server(served.app, settings, started.set)
-    server.config.port = 0
-    thread = threading.Thread(target=server.run, daemon=True)
+    bound = bind(settings)
+    thread = threading.Thread(target=server.run, args=([bound],), daemon=True)
     thread.start()
     assert started.wait(20)
-    port = server.servers[0].sockets[0].getsockname()[1]
     try:
-        yield Live(port, served)
+        yield Live(bound.getsockname()[1], served)
     finally:
         server.should_exit = True
         thread.join(20)

@@ -57,15 +57,16 @@ def occupy(model: Model, n_tokens: int) -> list:
     return sequences
 
 
+@pytest.mark.parametrize("speculate", [0, 4])
 @pytest.mark.parametrize("seed", range(3))
-def test_nothing_changes_a_result(tiny_path: Path, alone: Model, seed: int) -> None:
+def test_nothing_changes_a_result(tiny_path: Path, alone: Model, seed: int, speculate: int) -> None:
     """Requests come, go and are cancelled at random, while pages are short."""
     draw = random.Random(seed)
     requests = some_requests(draw, 20)
     expected = [
         [facts(event) for event in alone.stream(prompt, params)] for prompt, params in requests
     ]
-    with Model.load(tiny_path, DEVICE, **LIMITS) as model:
+    with Model.load(tiny_path, DEVICE, speculate=speculate, **LIMITS) as model:
         engine = model.engine
         held = occupy(model, 5 * 1024)
         generations: list[Generation] = []
@@ -89,6 +90,20 @@ def test_nothing_changes_a_result(tiny_path: Path, alone: Model, seed: int) -> N
             assert got[generation] == whole
     assert sum(g.finish_reason == "cancelled" for g in generations) < 12
     assert stats.preemptions > 0 and stats.prefix_tokens_reused > 0
+    assert bool(stats.accepted_draft_tokens) == bool(speculate)
+
+
+def test_guesses_save_steps(tiny_path: Path, alone: Model) -> None:
+    """A greedy model of random weights soon goes round in circles: most guesses are right."""
+    params = SamplingParams(temperature=0, max_new_tokens=200, ignore_eos=True)
+    prompt = [5, 6, 7] * 20
+    with Model.load(tiny_path, DEVICE, speculate=8, **LIMITS) as model:
+        assert model.generate(prompt, params).tokens == alone.generate(prompt, params).tokens
+        stats = model.engine.stats()
+        assert stats.generated_tokens == 200
+        assert 0 < stats.accepted_draft_tokens <= stats.draft_tokens
+        for result in model.generate([prompt, prompt[1:]], params):
+            assert result.tokens == alone.generate(result.prompt_tokens, params).tokens
 
 
 @pytest.mark.parametrize("speculate", (0, 4))

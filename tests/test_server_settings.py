@@ -4,9 +4,6 @@ import os
 from pathlib import Path
 
 import pytest
-
-pytest.importorskip("fastapi", reason="the server needs the extra `serve`")
-
 from gptoss.server.settings import Settings, is_loopback, read_key_file
 
 KEY = "a-key-that-is-long-enough"

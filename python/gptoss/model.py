@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 from . import _gptoss
 from .engine import (
+    MAX_DRAFTS,
     Constraint,
     Engine,
     FinishReason,
@@ -91,6 +92,7 @@ class Model:
         threads: int | None = None,
         precision: str = "exact",
         prefix_cache: bool = True,
+        speculate: int = 0,
         progress: bool = True,
     ) -> Model:
         """Load a checkpoint: a Hugging Face directory or OpenAI's `original/` directory.
@@ -110,6 +112,8 @@ class Model:
                 memory and time, more error (docs/performance.md).
             prefix_cache: keep pages of the cache that nobody holds any more, for prompts that begin
                 alike. The results are the same.
+            speculate: guess up to this many tokens ahead, 0 to 15, where the last few stood before
+                in prompt or output (docs/python.md); 0 is off. The results are the same.
             progress: show a progress bar on stderr.
 
         Raises:
@@ -126,6 +130,7 @@ class Model:
         for name, flag in (("invariant", invariant), ("prefix_cache", prefix_cache)):
             if not isinstance(flag, bool):
                 raise ValueError(f"{name} must be True or False, not {flag!r}")
+        speculate = _count("speculate", speculate, 0, MAX_DRAFTS)
         if precision not in ("exact", "fast"):
             raise ValueError(f'precision must be "exact" or "fast", not {precision!r}')
         if precision == "fast" and device != "cpu":
@@ -152,7 +157,7 @@ class Model:
         )
         checkpoint.load_into(core, progress)
         core.finish_loading()
-        return cls(core, tokenizer, checkpoint.eos_token_ids)
+        return cls(core, tokenizer, checkpoint.eos_token_ids, speculate)
 
     @property
     def core(self) -> _gptoss.Core:

@@ -27,6 +27,7 @@ from .options import (
     Quiet,
     RepetitionPenalty,
     Seed,
+    Speculate,
     Stop,
     StopToken,
     Temperature,
@@ -73,6 +74,7 @@ def generate(
     precision: Precision = "exact",
     max_context: MaxContext = None,
     max_sequences: MaxSequences = None,
+    speculate: Speculate = 0,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -107,6 +109,7 @@ def generate(
         max_sequences=max_sequences,
         threads=threads,
         precision=precision,
+        speculate=speculate,
         progress=show_progress(quiet),
     ) as model:
         if as_json:

@@ -49,6 +49,7 @@ def serve(
     try:
         from ..server.app import create_app
         from ..server.logs import set_up_logs
+        from ..server.serve import bind
         from ..server.serve import serve as run
         from ..server.served import ServedModel
         from ..server.settings import Settings, read_key_file
@@ -72,18 +73,22 @@ def serve(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
 
-    with Model.load(
-        model,
-        device,
-        max_context=max_context,
-        max_sequences=max_sequences,
-        threads=threads,
-        precision=precision,
-        progress=show_progress(quiet),
-    ) as loaded:
+    bound = bind(settings)  # before the model takes its time
+    with (
+        bound,
+        Model.load(
+            model,
+            device,
+            max_context=max_context,
+            max_sequences=max_sequences,
+            threads=threads,
+            precision=precision,
+            progress=show_progress(quiet),
+        ) as loaded,
+    ):
         loaded.engine.max_waiting = max_waiting
         served = ServedModel(loaded, settings.model_name)
         if served.can_chat():
             _ = served.grammar  # now, not in the first request that needs it
         set_up_logs("warning" if quiet else "info")
-        run(create_app(served, settings), settings)
+        run(create_app(served, settings), settings, bound)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -22,7 +21,7 @@ from .safety import Safety
 from .served import ServedModel
 from .settings import Settings
 
-logger = logging.getLogger(__name__)
+ROUTERS = (models.router, completions.router, chat.router, responses.router, web.router)
 
 
 def create_app(model: ServedModel, settings: Settings) -> FastAPI:
@@ -70,9 +69,8 @@ def create_app(model: ServedModel, settings: Settings) -> FastAPI:
     app.state.driver = driver
     app.state.metrics = metrics
     app.state.scorer = PromptScorer(model.model)
-    app.state.draining = False
-    for part in (models, completions, chat, responses, web):
-        app.include_router(part.router)
+    for router in ROUTERS:
+        app.include_router(router)
     return app
 
 

@@ -37,6 +37,7 @@ class Driver:
     def __init__(self, engine: Engine, settings: Settings, metrics: Metrics) -> None:
         self.engine = engine
         self.steps = 0
+        self.draining = False  # set once no new requests are taken
         self._settings = settings
         self.metrics = metrics
         self._batches: dict[int, Batch] = {}  # by the id of each generation under way
@@ -59,19 +60,25 @@ class Driver:
 
     async def stop(self) -> None:
         """End what is under way, then the thread."""
-        for batch in set(self._batches.values()):
-            batch.fail(unavailable("The server is shutting down.", self._settings.retry_after))
+        self.end_all()
         self._stopping.set()
         if self._thread is not None:
             await asyncio.to_thread(self._thread.join)
             self._thread = None
 
+    def end_all(self) -> None:
+        """End what is under way with an error that says so."""
+        for batch in set(self._batches.values()):
+            batch.fail(unavailable("The server is shutting down.", self._settings.retry_after))
+
     def submit(self, requests: Sequence[Request]) -> Batch:
         """Queue all of them, or none.
 
         Raises:
-            ApiError: 429 if they do not fit the queue; 503 if the engine does not run.
+            ApiError: 429 if they do not fit the queue; 503 if the server stops or the engine fails.
         """
+        if self.draining:
+            raise unavailable("The server is shutting down.", self._settings.retry_after)
         if not self.healthy:
             raise unavailable("The model does not run.", self._settings.retry_after)
         generations: list[Generation] = []

@@ -88,3 +88,17 @@ class _EngineCollector(Collector):
             ("preemptions", "Generations that yielded their cache pages.", stats.preemptions),
         ):
             yield CounterMetricFamily(f"gptoss_{name}", text, value=value)
+        pages = GaugeMetricFamily("gptoss_cache_pages", "Cache pages there are.", labels=["layers"])
+        in_use = GaugeMetricFamily(
+            "gptoss_cache_pages_in_use", "Cache pages that generations hold.", labels=["layers"]
+        )
+        core = self._engine.core
+        cache = core.cache_stats()
+        for layers, n_pages in (("full", core.full_pages), ("window", core.window_pages)):
+            pages.add_metric([layers], n_pages)
+            in_use.add_metric([layers], cache[f"{layers}_in_use"])
+        yield pages
+        yield in_use
+        yield GaugeMetricFamily(
+            "gptoss_cached_pages", "Cache pages the prefix cache knows.", cache["cached_pages"]
+        )

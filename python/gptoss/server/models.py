@@ -44,8 +44,8 @@ async def get_model(request: Request, name: str) -> Response:
 @router.get("/health")
 async def health(request: Request) -> Response:
     """200 while requests are answered; 503 while the server stops or the engine fails."""
-    state = request.app.state
-    status = "failing" if not state.driver.healthy else "draining" if state.draining else "ok"
+    driver = request.app.state.driver
+    status = "failing" if not driver.healthy else "draining" if driver.draining else "ok"
     return JSONResponse({"status": status}, 200 if status == "ok" else 503)
 
 

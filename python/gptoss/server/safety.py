@@ -1,8 +1,8 @@
 """What every request must pass before it reaches a route, and what is told about it afterwards.
 
-In this order: Host, Origin, the key, the declared size of the body; then, while it is read, its
-size, the time it takes, and what all bodies under way hold together. Every error is OpenAI's error
-object; every request has an id and a line in the log.
+In this order: the size of the headers, Host, Origin, the key, the declared size of the body; then,
+while it is read, its size, the time it takes, and what all bodies under way hold together. Every
+error is OpenAI's error object; every request has an id and a line in the log.
 """
 
 from __future__ import annotations
@@ -59,12 +59,21 @@ class Safety:
     async def handle(self, exchange: _Exchange) -> None:
         """Check the head of a request, then hand it on."""
         headers = Headers(scope=exchange.scope)
+        self._check_head(exchange.scope)
         self._check_host(headers)
         self._check_origin(headers)
         if not self._is_preflight(exchange.scope, headers):  # which never carries a key
             self._check_key(headers)
         self._check_length(headers)
         await self._app(exchange.scope, exchange.receive, exchange.send)
+
+    def _check_head(self, scope: Scope) -> None:
+        """What came in one piece; the HTTP parser bounds what comes in several."""
+        size = len(scope.get("raw_path") or b"") + len(scope["query_string"])
+        size += sum([len(name) + len(value) + 4 for name, value in scope["headers"]])
+        if size > self._settings.max_header_bytes:
+            most = self._settings.max_header_bytes
+            raise ApiError(431, f"The headers may have {most} bytes.", code="headers_too_large")
 
     def _check_host(self, headers: Headers) -> None:
         """A name other than ours means that some page's name now points here (DNS rebinding)."""

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import signal
+import socket
 from collections.abc import Callable
 from types import FrameType
 
@@ -14,21 +15,45 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
+from .driver import Driver
 from .errors import ApiError, unavailable
 from .logs import log
 from .settings import Settings
 
+_LAST_WORDS = 5.0  # seconds that requests have to say that they were ended
+
 logger = logging.getLogger(__name__)
+
+
+def bind(settings: Settings) -> socket.socket:
+    """A socket at the server's address, which refuses connections until the server runs.
+
+    Raises:
+        OSError: the address cannot be used; names it.
+    """
+    host = settings.host.strip("[]")
+    try:
+        family, kind, number, _, address = socket.getaddrinfo(
+            host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        bound = socket.socket(family, kind, number)
+        try:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            bound.bind(address)
+        except BaseException:
+            bound.close()
+            raise
+    except OSError as error:
+        raise OSError(f"cannot listen on {host}:{settings.port}: {error.strerror}") from None
+    return bound
 
 
 def make_server(
     app: FastAPI, settings: Settings, on_start: Callable[[], None] | None = None
 ) -> uvicorn.Server:
-    """A uvicorn server for the application, not yet running."""
+    """A uvicorn server for the application, to be run with the socket of `bind`."""
     config = uvicorn.Config(
         app,
-        host=settings.host.strip("[]"),
-        port=settings.port,
         http=_bounded_protocol(settings),
         ws="none",
         loop="asyncio",
@@ -38,36 +63,33 @@ def make_server(
         server_header=False,
         proxy_headers=False,
         timeout_keep_alive=settings.keep_alive_timeout,
-        timeout_graceful_shutdown=settings.drain_timeout,
+        timeout_graceful_shutdown=settings.drain_timeout + _LAST_WORDS,
         h11_max_incomplete_event_size=settings.max_header_bytes,
     )
     return _Server(config, app, on_start)
 
 
-def serve(app: FastAPI, settings: Settings) -> None:
+def serve(app: FastAPI, settings: Settings, bound: socket.socket) -> None:
     """Serve until SIGTERM or SIGINT, then end what runs within the drain timeout.
 
     Raises:
-        SystemExit: 0 after SIGTERM; 1 if the address cannot be used.
+        SystemExit: 0 after SIGTERM.
         KeyboardInterrupt: after SIGINT.
     """
 
     def started() -> None:
-        key = "key needed" if settings.api_key else "no key"
-        log(logger, "serving", host=settings.host, port=settings.port, access=key)
+        host, port = bound.getsockname()[:2]
+        log(logger, "serving", host=host, port=port, key=settings.api_key is not None)
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise SystemExit(0)
 
     signal.signal(signal.SIGTERM, stop)  # uvicorn raises it again once everything has ended
-    server = make_server(app, settings, started)
-    server.run()
-    if not server.started:
-        raise SystemExit(1)
+    make_server(app, settings, started).run([bound])
 
 
 class _Server(uvicorn.Server):
-    """Tells the application when it begins to drain, and a caller when it listens."""
+    """Tells the driver when to drain, and a caller when it listens."""
 
     def __init__(
         self, config: uvicorn.Config, app: FastAPI, on_start: Callable[[], None] | None
@@ -76,14 +98,18 @@ class _Server(uvicorn.Server):
         self._app = app
         self._on_start = on_start
 
-    async def startup(self, sockets: list | None = None) -> None:
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started and self._on_start is not None:
             self._on_start()
 
-    async def shutdown(self, sockets: list | None = None) -> None:
-        self._app.state.draining = True
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        driver: Driver = self._app.state.driver
+        driver.draining = True
+        limit = self._app.state.settings.drain_timeout
+        timer = asyncio.get_running_loop().call_later(limit, driver.end_all)
         await super().shutdown(sockets)
+        timer.cancel()
 
 
 def _bounded_protocol(settings: Settings) -> type[H11Protocol]:
