@@ -6,7 +6,7 @@ Starts the server on a tiny random model in a process of its own. Of the clients
 leave in mid-stream, a tenth read slowly, the rest are streams and whole answers of all lengths;
 with a tokenizer.json of gpt-oss's own vocabulary, half go to chat. Prints how many of each there
 were, errors nobody asked for, resident memory after warm-up (a fifth of the time) and at the end,
-pages still held at the end, and the most steps that ran between a cancel and its pages' return.
+pages still held at the end, and the most steps begun between a cancel and its pages' return.
 """
 
 from __future__ import annotations
