@@ -52,12 +52,13 @@ if [ -z "$url" ]; then
 fi
 
 # What the test knows of a server: two entries, since only chat is streamed.
-python - "$url" "$model" "$key" > "$work/test/providers.ts" << 'EOF'
+COMPAT_KEY=$key python - "$url" "$model" > "$work/test/providers.ts" << 'EOF'
 import json
+import os
 import sys
 
-url, model, key = sys.argv[1:]
-common = {"apiBaseUrl": url, "apiKey": key, "modelName": model, "providerDetails": {}}
+url, model = sys.argv[1:]
+common = {"apiBaseUrl": url, "apiKey": os.environ["COMPAT_KEY"], "modelName": model, "providerDetails": {}}
 providers = {"both": {**common, "apiType": ["responses", "chat"]}, "chat": {**common, "apiType": ["chat"]}}
 print(f"export const PROVIDERS: Record<string, any> = {json.dumps(providers)};")
 EOF

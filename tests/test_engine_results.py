@@ -89,8 +89,25 @@ def test_nothing_changes_a_result(tiny_path: Path, alone: Model, seed: int, spec
         else:
             assert got[generation] == whole
     assert sum(g.finish_reason == "cancelled" for g in generations) < 12
-    assert stats.preemptions > 0 and stats.prefix_tokens_reused > 0
+    assert stats.prefix_tokens_reused > 0
+    if DEVICE == "cpu":  # elsewhere prompts are cut otherwise, and the random requests meet less
+        assert stats.preemptions > 0
     assert bool(stats.accepted_draft_tokens) == bool(speculate)
+
+
+def test_yielding_changes_nothing(tiny_path: Path, alone: Model) -> None:
+    """Three sequences of two pages each, and two more pages where all three need one."""
+    params = SamplingParams(max_new_tokens=20, seed=3, logprobs=1, ignore_eos=True)
+    prompts = [[k] * 250 for k in (11, 12, 13)]
+    with Model.load(tiny_path, DEVICE, **LIMITS) as model:
+        held = occupy(model, 5 * 1024)
+        results = model.generate(prompts, params)
+        assert model.engine.stats().preemptions == 1
+        for sequence in held:
+            sequence.close()
+    for prompt, result in zip(prompts, results, strict=True):
+        expected = alone.generate(prompt, params)
+        assert (result.tokens, result.logprobs) == (expected.tokens, expected.logprobs)
 
 
 def test_guesses_save_steps(tiny_path: Path, alone: Model) -> None:

@@ -319,6 +319,16 @@ def test_errors(browser: "Browser", tokenizer: Tokenizer) -> None:
         assert page.locator("[role=alert]").count() == 0
 
 
+def test_another_model(browser: "Browser", tokenizer: Tokenizer) -> None:
+    """A server that was started again with another model: the page takes it at the second try."""
+    with serving(tokenizer) as server, opened(browser, server) as page:
+        page.evaluate("document.querySelector('#model').textContent = 'of yesterday'")
+        ask(page, "bridge", to_end=False)
+        page.click("[role=alert] button")
+        page.wait_for_selector(".text strong")
+        assert page.inner_text("#model") == "scripted"
+
+
 def test_failure_of_the_engine(browser: "Browser", tokenizer: Tokenizer) -> None:
     """An error in the middle of a stream keeps what came before it."""
     with serving(tokenizer, delay=0.005) as server, opened(browser, server) as page:

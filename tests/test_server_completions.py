@@ -185,6 +185,8 @@ def test_sampling_fields_reach_the_sampler(served: Scripted) -> None:
     biased = {"prompt": "a", "max_tokens": 1, "logit_bias": {str(first): -100}}
     neighbours = served.tokenizer.decode([neighbour(first, served.core.config.vocab_size)])
     assert post(served, biased)["choices"][0]["text"] == neighbours
+    again = {"prompt": [first], "max_tokens": 1, "temperature": 0, "repetition_penalty": 10}
+    assert post(served, again)["choices"][0]["text"] == neighbours
     even = {str(token): SECOND - LIKELY for token in served.tokenizer.encode(TEXT)}
     hot = {"prompt": "a", "max_tokens": 8, "seed": 5, "logit_bias": even}
     texts = {post(served, hot)["choices"][0]["text"] for _ in range(3)}

@@ -97,13 +97,13 @@ __global__ void __launch_bounds__(kSummaryThreads)
   float* x = logits + p.row * vocab;
   const int first = group * kGroup;
   float values[kPerLane];
-  const auto read = [&] {
+  const auto read = [&](const uint32_t* mask) {
     for (int j = 0; j < kPerLane; ++j) {
       const int id = first + j * kWarp + lane;
-      values[j] = id < vocab ? x[id] : -HUGE_VALF;
+      values[j] = id < vocab ? masked(mask, id, x[id]) : -HUGE_VALF;
     }
   };
-  read();
+  read(nullptr);
   int nans = 0;
   for (int j = 0; j < kPerLane; ++j) nans += __popc(__ballot_sync(kAllLanes, values[j] != values[j]));
   float best, sum;
@@ -129,11 +129,8 @@ __global__ void __launch_bounds__(kSummaryThreads)
       logit = adjusted(logit, list[i].by, p.penalties);
     }
     __syncwarp();
-    if (begin < end) read();
   }
-  if (const uint32_t* mask = mask_of(masks, p, vocab))
-    for (int j = 0; j < kPerLane; ++j)
-      if (const int id = first + j * kWarp + lane; id < vocab) values[j] = masked(mask, id, values[j]);
+  if (p.n_adjustments > 0 || p.mask >= 0) read(mask_of(masks, p, vocab));
   summarize_group(best, sum, values, p.scale, !p.greedy);
   int id = first;
   for (int j = kPerLane - 1; j >= 0; --j)

@@ -63,6 +63,7 @@ async function answer() {
     running = null;
     showState("");
     if (error.status === 401) askForKey();
+    if (error.status === 404) $("model").textContent = ""; // another model has taken its place: ask for its name
     fail(error, () => again(view, conversation));
   }
 }
