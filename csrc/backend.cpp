@@ -10,7 +10,12 @@ std::vector<std::optional<Sample>> Backend::take_samples(Mat<const float> logits
   for (size_t i = 0; i < asked_.size(); ++i) {
     const int32_t guess = asked_[i].guess;
     const bool wanted = guess < 0 || (samples.back() && samples.back()->token == guess);
-    samples.push_back(wanted ? std::optional(take_sample(i, logits)) : std::nullopt);
+    try {
+      samples.push_back(wanted ? std::optional(take_sample(i, logits)) : std::nullopt);
+    } catch (CannotSample& error) {
+      error.item = asked_[i].item;
+      throw;
+    }
   }
   return samples;
 }

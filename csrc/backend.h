@@ -62,6 +62,7 @@ struct SampleRequest {
   int64_t position = 0;  // of the new token in its sequence
   // Not -1: the row follows a guess of what the request before it draws, and is wanted only if that came true.
   int32_t guess = -1;
+  size_t item = 0;  // of the step: whose it is
 };
 
 // The most a model can be asked for; what its memory is planned by.
@@ -179,7 +180,8 @@ class Backend {
   }
 
   // Sampling, in three parts, so that the middle one can be recorded: which rows tokens are wanted of (no row twice); the draw;
-  // and the tokens, which are waited for: none behind a guess that was wrong. take_samples throws what Sampler::sample does.
+  // and the tokens, which are waited for: none behind a guess that was wrong. take_samples throws what Sampler::sample does,
+  // and says whose row it was.
   //                                                                                         logits: [n, V], left unchanged
   virtual void ask_samples(const std::vector<SampleRequest>& requests) { asked_ = requests; }
   virtual void draw_samples(Mat<float>) {}

@@ -57,10 +57,9 @@ void Model::unembed(int64_t n, const int32_t* rows) {
 
 namespace {
 
-// The samples wanted of some rows of logits, and whose they are.
+// The samples wanted of some rows of logits.
 struct Wanted {
   std::vector<SampleRequest> requests;
-  std::vector<size_t> items;
   std::deque<Sampler> ahead;  // that have recorded guesses
 
   // place: of the row among those that the item wants, which come in order.
@@ -75,12 +74,11 @@ struct Wanted {
       ahead.back().record(guess);
       sampler = &ahead.back();
     }
-    requests.push_back({row, sampler, it.sequence->length() + known + place, guess});
-    items.push_back(item);
+    requests.push_back({row, sampler, it.sequence->length() + known + place, guess, item});
   }
   void move(std::vector<std::vector<Sample>>& to, std::vector<std::optional<Sample>> drawn) const {
     for (size_t i = 0; i < drawn.size(); ++i)
-      if (drawn[i]) to[items[i]].push_back(std::move(*drawn[i]));
+      if (drawn[i]) to[requests[i].item].push_back(std::move(*drawn[i]));
   }
 };
 
@@ -155,8 +153,9 @@ void Model::check_items(const std::vector<StepItem>& items) const {
   std::set<const Sequence*> seen;
   int64_t total = 0;
   for (const StepItem& item : items) {
-    CHECK(item.sequence && item.sequence->model_, "a sequence is closed");
-    CHECK(item.sequence->model_.get() == this, "a sequence belongs to another model");
+    const std::shared_ptr<Model> model = item.sequence ? item.sequence->model_.load() : nullptr;
+    CHECK(model, "a sequence is closed");
+    CHECK(model.get() == this, "a sequence belongs to another model");
     CHECK(seen.insert(item.sequence).second, "a sequence appears twice in one step");
     const int64_t n = static_cast<int64_t>(item.tokens.size()), length = item.sequence->length();
     CHECK(n > 0, "tokens must not be empty");
@@ -223,29 +222,35 @@ std::vector<std::vector<Sample>> Model::step(const std::vector<StepItem>& items,
   }
 }
 
-Sequence::Sequence(std::shared_ptr<Model> model) : model_(std::move(model)) {
-  CHECK(!model_->loader_, "the model is not loaded yet");
-}
+Sequence::Sequence(std::shared_ptr<Model> model) : model_(model) { CHECK(!model->loader_, "the model is not loaded yet"); }
 Sequence::~Sequence() { close(); }
 
+Sequence::Open Sequence::open() const {
+  Open open = {model_.load(), {}};
+  if (open.model) {
+    open.model->check_process();
+    open.lock = std::unique_lock(open.model->mutex_);
+  }
+  CHECK(model_.load(), "the sequence is closed");  // perhaps while this waited for the lock
+  return open;
+}
+
 void Sequence::truncate(int64_t length) {
-  CHECK(model_, "the sequence is closed");
-  std::lock_guard lock(model_->mutex_);
-  model_->cache_->truncate(cache_, length);
+  const Open open = this->open();
+  open.model->cache_->truncate(cache_, length);
 }
 
 int64_t Sequence::reuse(const std::vector<int32_t>& tokens) {
-  CHECK(model_, "the sequence is closed");
-  std::lock_guard lock(model_->mutex_);
-  return model_->cache_->reuse(cache_, tokens.data(), std::ssize(tokens));
+  const Open open = this->open();
+  return open.model->cache_->reuse(cache_, tokens.data(), std::ssize(tokens));
 }
 
 void Sequence::close() {
-  const std::shared_ptr<Model> model = model_;        // it may end here, after its lock
-  if (!model || getpid() != model->process_) return;  // in a forked child the lock may never be released
+  const std::shared_ptr<Model> model = model_.load();  // it may end here, after its lock
+  if (!model || getpid() != model->process_) return;   // in a forked child the lock may never be released
   std::lock_guard lock(model->mutex_);
   model->cache_->release(cache_);
-  model_.reset();
+  model_.store(nullptr);
 }
 
 // ------------------------------------------------------------------------------------------------------------ loading

@@ -1,5 +1,6 @@
 // A loaded model: weights, cache and work space on one backend, and the forward pass over ragged batches.
 #pragma once
+#include <atomic>
 #include <functional>
 #include <memory>
 #include <mutex>
@@ -25,7 +26,8 @@ enum class Want { kNothing, kLast, kAll };  // rows whose logits a step computes
 
 class Model;
 
-// One sequence's place in the cache. Gives its pages back, and lets go of the model, when it is closed or goes.
+// One sequence's place in the cache. Gives its pages back, and lets go of the model, when it is closed or goes. Several threads
+// may call it.
 class Sequence {
  public:
   explicit Sequence(std::shared_ptr<Model> model);
@@ -37,7 +39,13 @@ class Sequence {
 
  private:
   friend class Model;
-  std::shared_ptr<Model> model_;  // null: closed
+  struct Open {
+    std::shared_ptr<Model> model;
+    std::unique_lock<std::mutex> lock;  // of the model
+  };
+  Open open() const;  // throws if it is closed
+
+  std::atomic<std::shared_ptr<Model>> model_;  // null: closed, under the model's lock
   SequenceCache cache_;
 };
 

@@ -132,9 +132,11 @@ void Sampler::check_token(int32_t token) const {
   CHECK(token >= 0 && token < vocab_size_, "token id ", token, " is outside the vocabulary of ", vocab_size_);
 }
 
-void fail_not_numbers(int64_t n) { FAIL("the logits have ", n, " values that are not a number"); }
+void fail_not_numbers(int64_t n) { throw CannotSample(join("the logits have ", n, " values that are not a number")); }
 
-void fail_no_maximum(float top) { FAIL("the logits have no finite maximum (", top, "): nothing can be sampled"); }
+void fail_no_maximum(float top) {
+  throw CannotSample(join("the logits have no finite maximum (", top, "): nothing can be sampled"));
+}
 
 int32_t Sampler::draw(const float* logits, int64_t position) const {
   const SamplingOptions& o = options_;

@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdint>
 #include <map>
+#include <stdexcept>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -96,7 +97,14 @@ class Sampler {
   std::vector<uint32_t> mask_;  // bits past the vocabulary are 0
 };
 
-// What sampling throws of logits that nothing can be drawn from, wherever it is done.
+// No token can be drawn from a row of logits.
+class CannotSample : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+  size_t item = 0;  // of a step: whose row it is
+};
+
+// What sampling throws of such logits, wherever it is done.
 [[noreturn]] void fail_not_numbers(int64_t n);
 [[noreturn]] void fail_no_maximum(float top);
 

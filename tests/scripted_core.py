@@ -137,15 +137,25 @@ class ScriptedCore:
             self._take_pages(items)
             self.n_steps += 1
             n_rows = 0
+            lengths = [item[0].length for item in items]
             results = []
-            for sequence, tokens, want, sampler, *n_drafts in items:
+            for index, (sequence, tokens, want, sampler, *n_drafts) in enumerate(items):
                 assert not sequence.closed and not any(n_drafts)
                 self._append(sequence, list(tokens))
                 if want == 2 and logits is not None:
                     for token in tokens:
                         logits[n_rows] = self.row(neighbour(token, self.config.vocab_size))
                         n_rows += 1
-                results.append([] if sampler is None else [self._draw(sequence, sampler)])
+                try:
+                    results.append([] if sampler is None else [self._draw(sequence, sampler)])
+                except _gptoss.CannotSample as error:
+                    error.item = index
+                    for (other, *_), length in zip(items, lengths, strict=True):
+                        other.truncate(length)
+                    raise
+            for (_, _, _, sampler, *_), drawn in zip(items, results, strict=True):
+                for sample in drawn:
+                    sampler.record(sample.token)
             return results
 
     def row(self, token: int) -> numpy.ndarray:
@@ -174,9 +184,7 @@ class ScriptedCore:
                 self.known_prefixes.add(tuple(sequence.tokens[:end]))
 
     def _draw(self, sequence: ScriptedSequence, sampler: _gptoss.Sampler) -> _gptoss.Sample:
-        sample = sampler.sample(self.row(self._next(sequence)), sequence.length)
-        sampler.record(sample.token)
-        return sample
+        return sampler.sample(self.row(self._next(sequence)), sequence.length)
 
     def _next(self, sequence: ScriptedSequence) -> int:
         """The token that the script wants next; past its end, the last again."""

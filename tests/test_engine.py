@@ -260,6 +260,44 @@ def test_a_failing_step_ends_those_that_ran() -> None:
     assert said(waits) == expected(waits)
 
 
+def test_what_cannot_be_drawn_ends_one() -> None:
+    """A penalty makes the logits of a prompt's tokens infinite: as the third and the first token
+    that are to be drawn, beside others."""
+    core = Core()
+    engine = Engine(core, None)
+    fields = {"repetition_penalty": 1e-45}
+    others = [engine.submit(request([k], 20)) for k in (1, 2)]
+    late = engine.submit(request([49], 20, **fields))
+    assert answer([49])[2] == 49 and answer([50])[0] == 50
+    engine.step()
+    at_once = engine.submit(request([50], 20, **fields))
+    others.append(engine.submit(request([3], 20)))
+    finish(engine)
+    assert [said(g) for g in others] == [expected(g) for g in others]
+    for generation in (late, at_once):
+        assert isinstance(generation.error, _gptoss.CannotSample)
+    assert (len(late.events), len(at_once.events)) == (2, 0)
+    assert not core.sequences
+
+
+def test_pages_that_only_the_core_counts() -> None:
+    """Where free pages are no help, the one that yielded waits for the other, not for itself."""
+    core = Core()
+    engine = Engine(core, None)
+    generations = [engine.submit(request([k], 20)) for k in (1, 2)]
+    tries = iter(range(1000))
+
+    def only_one() -> None:
+        next(tries)
+        if len(core.sequences) > 1:
+            raise _gptoss.CacheFull("the window layers have room for one")
+
+    core.before = only_one
+    finish(engine)
+    assert [said(g) for g in generations] == [expected(g) for g in generations]
+    assert engine.stats().preemptions == 1
+
+
 def test_an_error_is_for_those_it_ended() -> None:
     core = Core(max_sequences=1)
     engine = Engine(core, None)

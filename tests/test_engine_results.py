@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from gptoss import Generation, Model, SamplingParams, StreamEvent
+from gptoss import Engine, Generation, Model, SamplingParams, StreamEvent, _gptoss
 from gptoss.engine.drafts import Lookup
 from small_models import DEVICE
 
@@ -121,6 +121,26 @@ def test_guesses_save_steps(tiny_path: Path, alone: Model) -> None:
         assert 0 < stats.accepted_draft_tokens <= stats.draft_tokens
         for result in model.generate([prompt, prompt[1:]], params):
             assert result.tokens == alone.generate(result.prompt_tokens, params).tokens
+
+
+@pytest.mark.parametrize("speculate", (0, 4))
+def test_what_cannot_be_drawn_ends_one(tiny: Model, speculate: int) -> None:
+    """The core says whose logits they are, in a step of prompts and one of single tokens."""
+    params = SamplingParams(max_new_tokens=20, seed=1, ignore_eos=True)
+    hopeless = SamplingParams(max_new_tokens=20, repetition_penalty=1e-45, ignore_eos=True)
+    prompts = [[1, 2] * 9, [5], [6] * 300]
+    expected = [tiny.generate(prompt, params).tokens for prompt in prompts]
+    engine = Engine(tiny.core, tiny.tokenizer, speculate=speculate)
+    generations = [engine.submit(tiny.request(prompt, params)) for prompt in prompts[:2]]
+    ended = [engine.submit(tiny.request([7], hopeless))]
+    engine.step()
+    ended.append(engine.submit(tiny.request(range(100), hopeless)))
+    generations.append(engine.submit(tiny.request(prompts[2], params)))
+    while engine.wait_for_work(0):
+        engine.step()
+    assert [[event.token for event in g.events] for g in generations] == expected
+    assert all(isinstance(g.error, _gptoss.CannotSample) for g in ended)
+    assert engine.stats().full_pages_in_use == 0
 
 
 def test_lookup() -> None:

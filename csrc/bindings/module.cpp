@@ -164,7 +164,21 @@ void bind_config(py::module_& m) {
       "config"_a, "layout"_a, "Every tensor that a checkpoint of this shape and layout must have.");
 }
 
+void register_cannot_sample(py::module_& m) {
+  static const py::exception<CannotSample> type(m, "CannotSample", PyExc_RuntimeError);
+  py::register_exception_translator([](std::exception_ptr thrown) {
+    try {
+      if (thrown) std::rethrow_exception(thrown);
+    } catch (const CannotSample& error) {
+      const py::object value = py::handle(type)(error.what());
+      value.attr("item") = error.item;
+      PyErr_SetObject(type.ptr(), value.ptr());
+    }
+  });
+}
+
 void bind_sampling(py::module_& m) {
+  register_cannot_sample(m);
   py::class_<Sample>(m, "Sample")
       .def_readonly("token", &Sample::token)
       .def_readonly("logprob", &Sample::logprob)

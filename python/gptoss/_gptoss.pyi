@@ -94,6 +94,12 @@ def build_info() -> dict[str, str]:
 class CacheFull(RuntimeError):
     """The cache has too few free pages for a step. Nothing has changed."""
 
+class CannotSample(RuntimeError):
+    """Nothing can be drawn from a row of logits: numbers are missing, or none is finite."""
+
+    item: int
+    """Of the step's items the one whose row it is. Nothing has changed for any of them."""
+
 class Core:
     """One model on one device. Calls from several threads take turns."""
 
@@ -185,6 +191,7 @@ class Core:
 
         Raises:
             CacheFull: too few free pages.
+            CannotSample: nothing can be drawn for one of the items.
 
         After any exception, KeyboardInterrupt included, every sequence is as long as before.
         """

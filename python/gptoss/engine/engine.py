@@ -96,6 +96,9 @@ class Engine:
     def close(self) -> None:
         """Let go of the core. What runs or waits ends with a RuntimeError, after the step that is
         under way if there is one."""
+        if os.getpid() != self._process:  # who holds the lock is in the parent
+            self._core = None
+            return
         with HeldInterrupts(), self._lock:
             if self._core is None:
                 return
@@ -151,7 +154,8 @@ class Engine:
             KeyboardInterrupt: Ctrl-C, in the main thread. The step is undone, or its events are
                 where they belong; everything can go on.
             RuntimeError: closed; forked; or the core failed: the generations that ran have ended
-                with that error then, those that wait can go on.
+                with that error then, those that wait can go on. What concerns one generation alone
+                (nothing can be drawn from its logits) ends that one and is not raised.
         """
         while True:
             if (events := self._take_turn(lambda: False)) is not None:
@@ -215,7 +219,8 @@ class Engine:
         return self._work.wait(timeout)
 
     def stats(self) -> EngineStats:
-        """Counts, for monitoring."""
+        """Counts, for monitoring. RuntimeError as `submit`."""
+        self._check_usable()
         core = self.core
         pages = core.cache_stats()
         with HeldInterrupts(), self._lock:
@@ -319,6 +324,10 @@ class Engine:
                             with_drafts = False
                         elif not (self._release_ended() or self._schedule.preempt()):
                             raise
+                    continue
+                except _gptoss.CannotSample as error:  # one of them; the others go on without it
+                    with self._lock:
+                        self._schedule.fail(plan.generation(error.item), error)
                     continue
                 except BaseException as error:  # Ctrl-C, or what another signal's handler raised
                     undone = not isinstance(error, Exception) and sequence.length == length

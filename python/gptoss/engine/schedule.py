@@ -34,6 +34,11 @@ class Plan:
     drafts: dict[Generation, int] = field(default_factory=dict)  # how many, of those with any
     readers: list[tuple[Generation, int]] = field(default_factory=list)  # and tokens of each
 
+    def generation(self, item: int) -> Generation:
+        """Whose item that is."""
+        n_writers = len(self.writers)
+        return self.writers[item] if item < n_writers else self.readers[item - n_writers][0]
+
 
 class Schedule:
     """The generations of an engine, by what they do.
@@ -125,6 +130,7 @@ class Schedule:
             return False
         youngest = max(running, key=lambda generation: generation.number)
         self.release(youngest)
+        self._refused = True  # until another lets go: what it gave is for those that go on
         self.waiting.appendleft(youngest)
         self.preemptions += 1
         return True
