@@ -98,9 +98,13 @@ class ScriptedCore:
         self.delay = delay
         self.fail: Exception | None = None
         self._prefix_cache = prefix_cache
+        self._lock = threading.Lock()
+        self.play(script)
+
+    def play(self, script: Script) -> None:
+        """Answer by another script from now on."""
         self._script = script
         self._answers: dict[tuple[int, ...], list[int]] = {}  # by prompt
-        self._lock = threading.Lock()
 
     def new_sequence(self) -> ScriptedSequence:
         return ScriptedSequence(self)

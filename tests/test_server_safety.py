@@ -259,6 +259,9 @@ def test_content_type() -> None:
         b'{"prompt": [' + b"[]," * 300_000 + b"1]}",
         b'{"prompt": "' + b'\\"' * 200_000,
         b'{"prompt": "\\u00"}',
+        b'{"prompt": "\\ud83e"}',
+        b'{"prompt": "a", "user": "\\uDE00"}',
+        b'{"\\ud800": 1}',
         b"\x00" * 100,
         b"\xef\xbb\xbf{}",
     ],
@@ -268,6 +271,11 @@ def test_bodies_that_are_no_request(body: bytes) -> None:
     with pytest.raises(ApiError) as caught:
         parse(body, CompletionRequest, Settings())
     assert caught.value.status == 400 and len(caught.value.message) < 500
+
+
+def test_surrogate_pairs_are_characters() -> None:
+    body = b'{"prompt": "\\ud83e\\udd9c \\\\ud800"}'
+    assert parse(body, CompletionRequest, Settings()).prompt == ["\U0001f99c \\ud800"]
 
 
 def test_brackets_in_strings_are_text() -> None:

@@ -15,6 +15,8 @@ from .settings import Settings
 # A string (or what is left of one), or a bracket. Possessive, so that no input is read twice.
 _TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
 
+_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
+
 AnyModel = TypeVar("AnyModel", bound=BaseModel)
 
 
@@ -64,6 +66,11 @@ def _parse_object(data: bytes, settings: Settings) -> dict[str, Any]:
         raise _bad_json("it does not parse") from None
     if not isinstance(value, dict):
         raise _bad_json("it must be an object")
+    if _SURROGATE.search(data):
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise _bad_json("it holds half a surrogate pair") from None
     return value
 
 

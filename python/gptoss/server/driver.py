@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+from collections import deque
 from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,7 @@ class Driver:
         self._settings = settings
         self.metrics = metrics
         self._batches: dict[int, Batch] = {}  # by the id of each generation under way
+        self._cancels: deque[Generation] = deque()  # for the engine's thread to do
         self._failures = 0
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
@@ -107,13 +109,14 @@ class Driver:
                 continue
             if generation.finish_reason is None:
                 self.metrics.cancelled()
-                self.engine.cancel(generation)
+                self._cancels.append(generation)
 
     def _run(self) -> None:
         """The engine's thread."""
         assert self._loop is not None
         while not self._stopping.is_set():
             try:
+                self._cancel()
                 if not self.engine.wait_for_work(_IDLE):
                     continue
                 changed = self.engine.step()
@@ -126,6 +129,14 @@ class Driver:
                 continue
             self._failures = 0
             self._tell(self._deliver, {id(g): g for g, _ in changed})
+
+        self._cancel()
+
+    def _cancel(self) -> None:
+        """End what nobody waits for, between two steps: the loop never waits for the engine's lock
+        and the next step is without them."""
+        while self._cancels:
+            self.engine.cancel(self._cancels.popleft())
 
     def _tell(self, function: object, *arguments: object) -> None:
         """Call a function in the loop's thread, unless the loop is gone."""

@@ -10,7 +10,6 @@ from starlette.responses import JSONResponse, Response
 
 from . import metrics
 from .body import read_request
-from .errors import ApiError
 from .schemas import DetokenizeRequest, TokenizeRequest
 from .served import ServedModel
 
@@ -63,10 +62,7 @@ async def tokenize(request: Request) -> Response:
     body = await read_request(request, TokenizeRequest)
     served: ServedModel = request.app.state.served
     served.check_name(body.model)
-    try:
-        tokens = await asyncio.to_thread(served.tokenizer.encode, body.prompt)
-    except ValueError as error:
-        raise ApiError(400, str(error), param="prompt") from None
+    tokens = await asyncio.to_thread(served.tokenizer.encode, body.prompt)
     return JSONResponse(
         {"tokens": tokens, "count": len(tokens), "max_model_len": served.model.max_context}
     )
