@@ -302,6 +302,15 @@ def test_effort_and_instructions_reach_the_prompt(client: Any, server: Live) -> 
     assert prompts[0].count(start) == text.count("<|start|>") - 1, "user text is only text"
 
 
+def test_the_prefix_is_counted(client: Any, say: Callable, server: Live) -> None:
+    say(FINAL)
+    messages = [{"role": "user", "content": "word " * 300}]
+    client.chat.completions.create(model=NAME, messages=messages)
+    again = client.chat.completions.create(model=NAME, messages=messages)
+    cached = again.usage.prompt_tokens_details.cached_tokens
+    assert cached == again.usage.prompt_tokens // 128 * 128
+
+
 @pytest.mark.parametrize(
     "fields, param",
     [

@@ -32,6 +32,12 @@ def serve(
     max_waiting: Annotated[
         int, typer.Option(min=1, max=65536, help="Requests that may wait; more get a 429.")
     ] = 256,
+    speculate: Annotated[
+        int, typer.Option(help="Guess up to so many tokens ahead, from the text so far; 0: none.")
+    ] = 0,
+    prefix_cache: Annotated[
+        bool, typer.Option(help="Keep the cache of prompts for others that begin alike.")
+    ] = True,
     drain: Annotated[
         float, typer.Option(min=0, max=3600, help="Seconds running requests have at shutdown.")
     ] = 30,
@@ -83,6 +89,8 @@ def serve(
             max_sequences=max_sequences,
             threads=threads,
             precision=precision,
+            prefix_cache=prefix_cache,
+            speculate=speculate,
             progress=show_progress(quiet),
         ) as loaded,
     ):
