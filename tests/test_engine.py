@@ -183,6 +183,27 @@ def test_pages_held_by_others() -> None:
     assert generation.finish_reason == "error" and len(core.sequences) == 1
 
 
+def test_guests_give_pages_back() -> None:
+    """To the one generation that is left, after the younger ones have yielded."""
+    core = Core(n_pages=6)
+    guest = core.new_sequence()
+    core.step([(guest, [1] * 300, 0, None)])
+    engine = Engine(core, None)
+
+    def give_back() -> bool:
+        had = not guest.closed
+        guest.close()
+        return had
+
+    engine.add_guest(give_back)
+    generations = [engine.submit(request([k] * 100, 400)) for k in (1, 2)]
+    while not guest.closed:
+        engine.step()
+    assert engine.stats().preemptions == 1 and generations[0].events
+    finish(engine)
+    assert [said(g) for g in generations] == [expected(g) for g in generations]
+
+
 def test_the_line_has_an_end() -> None:
     engine = Engine(Core(max_sequences=2), None, max_waiting=1)
     generations = [engine.submit(request([k])) for k in range(1, 4)]

@@ -83,6 +83,7 @@ class Engine:
         self._schedule = Schedule(core, self.max_sequences)
         self._stepping = False
         self._ended: list[Generation] = []  # while a step that may hold their sequences runs
+        self._guests: list[Callable[[], bool]] = []
         self._sleepers: list[threading.Lock] = []  # each taken: released when the step is over
         self._work = threading.Event()  # set while something runs or waits, and once closed
 
@@ -116,6 +117,16 @@ class Engine:
                 + (f"max_context {self.max_tokens}" if whole else "")
                 + ("" if whole else f"the {self.max_tokens} tokens that the cache has room for")
             )
+
+    def add_guest(self, give_back: Callable[[], bool]) -> None:
+        """Name somebody who uses the core beside the engine, over sequences of its own.
+
+        Where the only generation that runs finds too few pages, `give_back` is called, in whatever
+        thread: it closes those sequences and says whether there were any. It may call the core, not
+        wait for a step of the engine.
+        """
+        with HeldInterrupts(), self._lock:
+            self._guests.append(give_back)
 
     def submit(self, request: Request) -> Generation:
         """Put a request in line. It starts with one of the next steps.
@@ -322,7 +333,7 @@ class Engine:
                     with self._lock:
                         if plan.drafts:
                             with_drafts = False
-                        elif not (self._release_ended() or self._schedule.preempt()):
+                        elif not self._make_room():
                             raise
                     continue
                 except _gptoss.CannotSample as error:  # one of them; the others go on without it
@@ -342,6 +353,13 @@ class Engine:
                     for generation in self._schedule.running():
                         self._schedule.fail(generation, error)
             raise
+
+    def _make_room(self) -> bool:
+        """Take the pages of what has ended, else of the youngest, else of guests; whether there
+        were any."""
+        if self._release_ended() or self._schedule.preempt():
+            return True
+        return any([give_back() for give_back in self._guests])
 
     def _release_ended(self) -> bool:
         """Free what ended while the core was computing; whether there was any."""

@@ -2,7 +2,7 @@
 
 This needs the logits of every row of the prompt, which no generation does, so it goes beside the
 engine: over a sequence of its own, in small chunks. The core's callers take turns, so generations
-go on in between.
+go on in between; where pages are short they come first.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ class PromptScorer:
     def __init__(self, model: Model) -> None:
         self._model = model
         self._turn = asyncio.Lock()
+        self._sequence: _gptoss.Sequence | None = None  # the engine's thread may take it away
+        model.engine.add_guest(self._give_back)
 
     async def score(self, prompts: Sequence[list[int]], n_top: int) -> list[PromptScore]:
         """Score checked prompts. When cancelled, it stops after at most one chunk."""
@@ -58,36 +60,53 @@ class PromptScorer:
         score = PromptScore()
         rows = min(_CHUNK, core.max_batch_tokens, len(tokens) - 1)
         logits = numpy.empty((rows, core.config.vocab_size), numpy.float32)
-        sequence = core.new_sequence()
         try:
             for start in range(0, len(tokens) - 1, max(rows, 1)):
                 part = tokens[start : min(start + rows, len(tokens) - 1)]
                 out = logits[: len(part)]
-                if not _feed(core, sequence, part, out, stop):
+                if not self._feed(tokens, start, out, stop):
                     break
                 nexts = tokens[start + 1 : start + 1 + len(part)]
                 for low in range(0, len(part), _SLICE):
                     _add(score, out[low : low + _SLICE], nexts[low : low + _SLICE], n_top)
         finally:
-            sequence.close()
+            self._give_back()
         return score
 
+    def _feed(
+        self, tokens: list[int], start: int, logits: numpy.ndarray, stop: threading.Event
+    ) -> bool:
+        """Logits [n, vocab_size] of the n tokens from `start` on, those before it being in the
+        cache, or computed again where that was taken away. False: nobody wants it any more."""
+        core = self._model.core
+        while not stop.is_set():
+            sequence = self._sequence
+            try:
+                if sequence is None:
+                    if core.free_pages()[0] * core.page_tokens < len(tokens):
+                        raise _gptoss.CacheFull
+                    sequence = self._sequence = core.new_sequence()
+                    sequence.reuse(tokens[: start + 1])
+                begin = sequence.length
+                if begin < start:
+                    part = tokens[begin : min(start, begin + len(logits))]
+                    core.step([(sequence, part, 0, None)])
+                    continue
+                core.step([(sequence, tokens[start : start + len(logits)], 2, None)], logits)
+                return True
+            except _gptoss.CacheFull:
+                time.sleep(_WAIT)
+            except ValueError:
+                if self._sequence is sequence:  # else it was closed
+                    raise
+        return False
 
-def _feed(
-    core: _gptoss.Core,
-    sequence: _gptoss.Sequence,
-    tokens: list[int],
-    logits: numpy.ndarray,
-    stop: threading.Event,
-) -> bool:
-    """Run one chunk, once the cache has room for it. False: nobody wants it any more."""
-    while not stop.is_set():
-        try:
-            core.step([(sequence, tokens, 2, None)], logits)
-            return True
-        except _gptoss.CacheFull:
-            time.sleep(_WAIT)
-    return False
+    def _give_back(self) -> bool:
+        """Let go of the cache; whether there was any."""
+        sequence, self._sequence = self._sequence, None
+        if sequence is not None:
+            sequence.close()
+        return sequence is not None
 
 
 def _add(score: PromptScore, logits: numpy.ndarray, tokens: list[int], n_top: int) -> None:
