@@ -7,14 +7,11 @@
 // bandwidth and the peak of bfloat16 products measured just before (on a card: once, at the start).
 #include <chrono>
 #include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <map>
-#include <sstream>
 
 #include "cost.h"
 #include "cuda_machine.h"
 #include "machine.h"
+#include "options.h"
 #include "random_model.h"
 
 namespace gptoss::bench {
@@ -23,13 +20,6 @@ namespace {
 using Clock = std::chrono::steady_clock;
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
-
-std::vector<int64_t> numbers(const std::string& text) {
-  std::vector<int64_t> values;
-  std::stringstream stream(text);
-  for (std::string part; std::getline(stream, part, ',');) values.push_back(std::atoll(part.c_str()));
-  return values;
-}
 
 // The limits of the machine that a model runs on.
 class Limiter {
@@ -150,55 +140,51 @@ struct Bench {
   }
 };
 
-int run(int argc, char** argv) {
-  std::map<std::string, std::string> options = {{"shape", "20b"},      {"layers", "0"},  {"prompt", "512"}, {"decode", "32"},
-                                                {"context", "0"},      {"batch", "1"},   {"threads", "0"},  {"device", "cpu"},
-                                                {"isa", ""},           {"repeats", "3"}, {"json", ""},      {"step", "512"},
-                                                {"precision", "exact"}};
-  for (int i = 1; i < argc; ++i) {
-    const std::string name = std::strncmp(argv[i], "--", 2) == 0 ? argv[i] + 2 : "";
-    CHECK(options.count(name), "unknown option ", argv[i]);
-    if (name == "json") {
-      options[name].push_back('1');
-      continue;
-    }
-    CHECK(i + 1 < argc, argv[i], " needs a value");
-    options[name] = argv[++i];
-  }
+void run(int argc, char** argv) {
+  const Options options(argc, argv,
+                        {{"shape", "20b"},
+                         {"layers", "0"},
+                         {"prompt", "512"},
+                         {"decode", "32"},
+                         {"context", "0"},
+                         {"batch", "1"},
+                         {"threads", "0"},
+                         {"device", "cpu"},
+                         {"isa", ""},
+                         {"repeats", "3"},
+                         {"step", "512"},
+                         {"precision", "exact"}});
   ModelOptions model_options;
-  model_options.backend = {options["device"], std::atoi(options["threads"].c_str()), options["isa"],
-                           numbers(options["step"]).at(0)};
-  model_options.backend.precision = precision_of(options["precision"]);
-  if (options["device"] != "cpu") {  // cache for these rows only: random weights and the limits need room on the card too
+  model_options.backend = {options.text("device"), static_cast<int>(options.number("threads")), options.text("isa"),
+                           options.number("step", 1)};
+  model_options.backend.precision = precision_of(options.text("precision"));
+  if (options.text("device") != "cpu") {  // cache for these rows only: random weights and the limits need room on the card too
     const auto most = [&](const char* name) {
       int64_t n = 1;
-      for (int64_t value : numbers(options[name])) n = std::max(n, value);
+      for (int64_t value : options.numbers(name)) n = std::max(n, value);
       return n;
     };
     model_options.max_context = std::max(most("prompt"), most("context") + most("decode") + 2);
     model_options.max_sequences = most("batch");
   }
+  const std::vector<int64_t> prompts = options.numbers("prompt"), contexts = options.numbers("context");
+  const std::vector<int64_t> batches = options.numbers("batch", 1);
+  const int64_t repeats = options.number("repeats", 1), steps = options.number("decode");
   const auto start = Clock::now();
-  Bench bench{random_model(preset(options["shape"], numbers(options["layers"]).at(0)), model_options), options["shape"],
-              !options["json"].empty(), nullptr};
+  Bench bench{random_model(preset(options.text("shape"), options.number("layers")), model_options), options.text("shape"),
+              options.json(), nullptr};
   bench.limiter = std::make_unique<Limiter>(bench.model->backend(), bench.model->precision());
   if (!bench.json) std::printf("random weights made in %.1f s\n", seconds_since(start));
-  for (int64_t n : numbers(options["prompt"]))
-    if (n > 0) bench.prompt(n, numbers(options["repeats"]).at(0));
-  if (const int64_t steps = numbers(options["decode"]).at(0); steps > 0)
-    for (int64_t batch : numbers(options["batch"]))
-      for (int64_t context : numbers(options["context"])) bench.decode(context, batch, steps);
-  return 0;
+  for (int64_t n : prompts)
+    if (n > 0) bench.prompt(n, repeats);
+  if (steps > 0)
+    for (int64_t batch : batches)
+      for (int64_t context : contexts) bench.decode(context, batch, steps);
 }
 
 }  // namespace
 }  // namespace gptoss::bench
 
 int main(int argc, char** argv) {
-  try {
-    return gptoss::bench::run(argc, argv);
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "bench_forward: %s\n", error.what());
-    return 1;
-  }
+  return gptoss::bench::exit_status("bench_forward", [&] { gptoss::bench::run(argc, argv); });
 }

@@ -7,47 +7,29 @@
 // on the card at the start of the run (cuda_machine.cu). Calls are queued one behind the other without graphs: where a call
 // takes less than a launch, about 3 us of the host, the row says so and not what a graph would reach.
 #include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <map>
 #include <set>
-#include <sstream>
 
 #include "cuda_machine.h"
 #include "machine.h"
 #include "operations.h"
+#include "options.h"
 
 namespace gptoss::bench {
 namespace {
 
-using Options = std::map<std::string, std::string>;
-
-std::vector<std::string> parts(const std::string& text) {
-  std::vector<std::string> values;
-  std::stringstream stream(text);
-  for (std::string part; std::getline(stream, part, ',');) values.push_back(part);
-  return values;
-}
-
-std::vector<int64_t> numbers(const std::string& text) {
-  std::vector<int64_t> values;
-  for (const std::string& part : parts(text)) values.push_back(std::atoll(part.c_str()));
-  return values;
-}
-
 std::vector<Case> cases(const Options& options) {
-  const std::vector<std::string> ops = parts(options.at("op"));
+  const std::vector<std::string> ops = options.texts("op");
   const std::set<std::string> wanted(ops.begin(), ops.end());
   std::vector<Case> result;
   const auto add = [&](const Case& c) {
     if (wanted.empty() || wanted.count(c.op)) result.push_back(c);
   };
-  for (const std::string& shape : parts(options.at("shape")))
-    for (int64_t n : numbers(options.at("tokens"))) {
+  for (const std::string& shape : options.texts("shape"))
+    for (int64_t n : options.numbers("tokens", 1)) {
       for (const char* op : {"linear_qkv", "linear_o", "moe_add", "rmsnorm", "norm_route"}) add({op, shape, "", n});
       if (n <= 64) add({"unembedding", shape, "", n});  // the model asks for no more at a time
       add({"norm_qkv", shape, "", n, 1, 1024});
-      for (int64_t context : numbers(options.at("context")))
+      for (int64_t context : options.numbers("context"))
         for (int64_t window : {0, 128}) {
           add({"attention", shape, "", n, n, context, window});             // n sequences decode
           if (n > 1) add({"attention", shape, "", n, 1, context, window});  // a chunk of a prompt
@@ -57,7 +39,7 @@ std::vector<Case> cases(const Options& options) {
 }
 
 void run_case(Backend& backend, cpu::ThreadPool& pool, const Case& c, const CudaLimits& limits, const Options& options) {
-  const int64_t calls = std::atoll(options.at("calls").c_str()), rounds = calls > 1 ? 5 : 1;
+  const int64_t calls = options.number("calls", 1), rounds = calls > 1 ? 5 : 1;
   Operation operation(backend, pool, c, calls > 1);
   if (calls > 1) operation.run(2);
   std::vector<double> times;
@@ -65,7 +47,7 @@ void run_case(Backend& backend, cpu::ThreadPool& pool, const Case& c, const Cuda
   const Cost& cost = operation.cost();
   const double seconds = median(times), memory = cost.bytes / limits.bytes_per_second;
   const double arithmetic = cost.dot_flops / limits.dot_flops, percent = 100 * std::max(memory, arithmetic) / seconds;
-  if (options.at("json").empty())
+  if (!options.json())
     std::printf(
         "%-12s %-4s tokens %-5ld sequences %-4ld context %-6ld window %-4ld %10.2f us %9.1f GB/s %9.1f TFLOP/s %6.1f%%\n",
         c.op.c_str(), c.shape.c_str(), static_cast<long>(c.tokens), static_cast<long>(c.sequences),
@@ -81,45 +63,34 @@ void run_case(Backend& backend, cpu::ThreadPool& pool, const Case& c, const Cuda
   std::fflush(stdout);
 }
 
-int run(int argc, char** argv) {
-  Options options = {{"shape", "20b"},   {"op", ""},  {"tokens", "1,8,64,512,2048"}, {"context", "0,4096"}, {"calls", "32"},
-                     {"device", "cuda"}, {"json", ""}};
-  for (int i = 1; i < argc; ++i) {
-    const std::string name = std::strncmp(argv[i], "--", 2) == 0 ? argv[i] + 2 : "";
-    CHECK(options.count(name), "unknown option ", argv[i]);
-    if (name == "json") {
-      options[name] = "1";
-      continue;
-    }
-    CHECK(i + 1 < argc, argv[i], " needs a value");
-    options[name] = argv[++i];
-  }
+void run(int argc, char** argv) {
+  const Options options(argc, argv,
+                        {{"shape", "20b"},
+                         {"op", ""},
+                         {"tokens", "1,8,64,512,2048"},
+                         {"context", "0,4096"},
+                         {"calls", "32"},
+                         {"device", "cuda"}});
   int64_t most = 1;
-  for (int64_t n : numbers(options["tokens"])) most = std::max(most, n);
+  for (int64_t n : options.numbers("tokens")) most = std::max(most, n);
   BackendOptions backend_options;
-  backend_options.device = options["device"];
+  backend_options.device = options.text("device");
   backend_options.max_batch_tokens = most;
   cpu::ThreadPool pool(cpu::default_threads());
   const std::string device = make_cuda_backend(backend_options)->device();  // cuda:N
   const CudaLimits limits = measure_cuda(card_of(device));
-  std::printf(options["json"].empty() ? "%.0f GB/s, %.0f TFLOP/s\n"
-                                      : "{\"bench\": \"limits\", \"gb_per_s\": %.1f, \"tflop_per_s\": %.1f}\n",
-              1e-9 * limits.bytes_per_second, 1e-12 * limits.dot_flops);
+  std::printf(
+      options.json() ? "{\"bench\": \"limits\", \"gb_per_s\": %.1f, \"tflop_per_s\": %.1f}\n" : "%.0f GB/s, %.0f TFLOP/s\n",
+      1e-9 * limits.bytes_per_second, 1e-12 * limits.dot_flops);
   for (const Case& c : cases(options)) {
     const auto backend = make_cuda_backend(backend_options);  // its work space is for one shape
     run_case(*backend, pool, c, limits, options);
   }
-  return 0;
 }
 
 }  // namespace
 }  // namespace gptoss::bench
 
 int main(int argc, char** argv) {
-  try {
-    return gptoss::bench::run(argc, argv);
-  } catch (const std::exception& error) {
-    std::fprintf(stderr, "bench_ops_cuda: %s\n", error.what());
-    return 1;
-  }
+  return gptoss::bench::exit_status("bench_ops_cuda", [&] { gptoss::bench::run(argc, argv); });
 }

@@ -1,4 +1,4 @@
-"""gptoss beside llama.cpp, on the same random checkpoint and the same threads.
+"""gptoss beside llama.cpp and ik_llama.cpp, on the same random checkpoint and the same threads.
 
     python bench/compare_llama.py CHECKPOINT --llama-python VENV/bin/python
     python bench/compare_llama.py --small --llama-python VENV/bin/python
@@ -7,7 +7,8 @@ The first writes CHECKPOINT as GGUF and times llama.cpp and gptoss (precision "e
 turns, each run in a process of its own, with the machine's limits measured between them if
 --bench-machine is given: medians, ratios, peak memory. Only one model is in memory at a time. The
 second measures accuracy: on small models that it makes, each engine's mean Kullback-Leibler
-divergence from the float64 reference.
+divergence from the float64 reference. ik_llama.cpp takes part through its own llama-bench, with
+weights repacked at load, where --ik-bench names that binary.
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 WORKER = HERE / "engine_worker.py"
-ENGINES = ("llama", "exact", "fast")  # the last two are precisions of gptoss
+ENGINES = ("llama", "ik", "exact", "fast")  # the last two are precisions of gptoss
 GIB = 1 << 30
 SMALL_TOKENS, SMALL_SEQUENCES = 384, 2
 SMALL_SHAPES = (
@@ -49,8 +51,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompt", default="512,2048", help="prompt lengths", **counts)
     parser.add_argument("--context", default="0,8192", help="contexts to decode at", **counts)
     parser.add_argument("--decode", type=int, default=32, help="tokens decoded at each context")
-    engines = {"type": lambda text: text.split(","), "default": list(ENGINES)}
-    parser.add_argument("--engines", help="of llama, exact and fast", **engines)
+    parser.add_argument("--ik-bench", help="the binary llama-bench of ik_llama.cpp")
+    engines = {"type": lambda text: text.split(","), "default": ["llama", "exact", "fast"]}
+    parser.add_argument("--engines", help="of llama, ik, exact and fast", **engines)
     parser.add_argument("--bench-machine", help="the binary bench_machine")
     parser.add_argument("--json", help="file for all rows, one JSON object")
     arguments = parser.parse_args()
@@ -58,6 +61,8 @@ def parse_arguments() -> argparse.Namespace:
         parser.error("give a checkpoint, or --small")
     if unknown := set(arguments.engines) - set(ENGINES):
         parser.error(f"--engines: {sorted(unknown)} are not among {ENGINES}")
+    if "ik" in arguments.engines and (arguments.small or not arguments.ik_bench):
+        parser.error("--engines: ik needs --ik-bench, and gives no logits for --small")
     return arguments
 
 
@@ -72,6 +77,31 @@ def run_worker(arguments: argparse.Namespace, engine: str, job: dict[str, Any]) 
     if done.returncode != 0:
         raise RuntimeError(f"{engine} failed:\n{done.stdout}{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_ik(arguments: argparse.Namespace, gguf: Path) -> dict[str, Any]:
+    """Runs ik_llama.cpp's llama-bench once for all lengths, weights repacked as it loads.
+
+    It does not time the loading. Raises RuntimeError if it fails.
+    """
+    command = [arguments.ik_bench, "-m", str(gguf), "-t", str(arguments.threads), "-o", "json"]
+    command += ["-r", "1", "-fa", "1", "-rtr", "1", "-ub", "512", "-n", "0"]
+    command += ["-p", ",".join(map(str, arguments.prompt))]
+    for n in arguments.context:
+        command += ["-gp", f"{n},{arguments.decode}"]
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(command, stdout=out, stderr=errors)
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0), errors.seek(0)
+        if process.returncode != 0:
+            raise RuntimeError(f"ik failed:\n{errors.read()[-2000:]}")
+        rows = json.load(out)
+    rates = {}
+    for row in rows:
+        name = f"decode at {row['n_prompt']}" if row["n_gen"] else f"prompt {row['n_prompt']}"
+        rates[name] = row["avg_ts"]
+    return {"engine": "ik", "rates": rates, "memory": {"VmHWM": usage.ru_maxrss * 1024}}
 
 
 def measure_limits(arguments: argparse.Namespace) -> dict[str, float]:
@@ -122,7 +152,9 @@ def compare_speed(arguments: argparse.Namespace) -> dict[str, Any]:
                     "decode": arguments.decode,
                     "state": f"{scratch}/state",
                 }
-                runs[engine].append(run_worker(arguments, engine, job))
+                ik = engine == "ik"
+                run = run_ik(arguments, gguf) if ik else run_worker(arguments, engine, job)
+                runs[engine].append(run)
                 print(f"{engine:7}", format_row(runs[engine][-1]["rates"]), flush=True)
     print_medians(runs)
     return {"threads": arguments.threads} | {
@@ -138,17 +170,23 @@ def format_row(values: dict[str, float]) -> str:
 def print_medians(runs: dict[str, list[dict[str, Any]]]) -> None:
     """Medians of each engine, and how they stand to the first."""
 
-    def line(label: str, value: Any) -> None:
-        medians = [statistics.median(map(value, rows)) for rows in runs.values()]
+    def line(label: str, value: Callable[[dict[str, Any]], float | None]) -> None:
+        medians = []
+        for rows in runs.values():
+            found = [number for number in map(value, rows) if number is not None]
+            medians.append(statistics.median(found) if found else math.nan)
         ratios = [median / medians[0] for median in medians[1:]]
         print(f"{label:<22}" + columns(medians, ".2f") + columns(ratios, ".2f"))
+
+    def gibibytes(run: dict[str, Any], kind: str) -> float | None:
+        return run["memory"][kind] / GIB if kind in run["memory"] else None
 
     print("\n" + heading("median of runs", list(runs), 22))
     for name in next(iter(runs.values()))[0]["rates"]:
         line(f"{name}, tok/s", lambda run, n=name: run["rates"][n])
-    line("load, s", lambda run: run["load"])
-    line("peak resident, GiB", lambda run: run["memory"]["VmHWM"] / GIB)
-    line("of its own, GiB", lambda run: run["memory"]["RssAnon"] / GIB)
+    line("load, s", lambda run: run.get("load"))
+    line("peak resident, GiB", lambda run: gibibytes(run, "VmHWM"))
+    line("of its own, GiB", lambda run: gibibytes(run, "RssAnon"))
 
 
 def heading(label: str, engines: list[str], width: int) -> str:

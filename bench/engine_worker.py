@@ -45,13 +45,12 @@ class Gptoss:
         checkpoint.load_into(self.core, progress=False)
         self.core.finish_loading()
         self.vocab_size = checkpoint.config.vocab_size
-        self.new_sequence = lambda: _gptoss.Sequence(self.core)
-        self.sequence = self.new_sequence()
+        self.sequence = self.core.new_sequence()
 
     def reset(self) -> None:
         """Starts a new sequence."""
         self.sequence.close()
-        self.sequence = self.new_sequence()
+        self.sequence = self.core.new_sequence()
 
     def feed(self, tokens: list[int], want: int) -> np.ndarray:
         """Appends up to BATCH tokens; the logits wanted, float32 [rows, V]."""
@@ -74,9 +73,7 @@ class Llama:
         import llama_cpp
 
         self.api = llama_cpp
-        self.quiet = llama_cpp.llama_log_callback(
-            lambda *_: None
-        )  # kept: it must outlive the model
+        self.quiet = llama_cpp.llama_log_callback(lambda *_: None)  # must outlive the model
         llama_cpp.llama_log_set(self.quiet, None)
         llama_cpp.llama_backend_init()
         model_options = llama_cpp.llama_model_default_params()

@@ -112,7 +112,6 @@ class MemoryReader {
   }
 
  private:
-  static constexpr int64_t kUnits = kReadBytes / kReadUnit;
   Buffer buffer_;
   int64_t next_ = 0;
   volatile uint64_t sink_ = 0;

@@ -88,7 +88,7 @@ def add_comparison(path: Path, prompt: Lines, decode: Lines) -> None:
     """Adds the rows of compare_llama.py."""
     result = json.loads(path.read_text(encoding="utf-8"))
     for engine, runs in result["runs"].items():
-        name = "llama.cpp" if engine == "llama" else f"gptoss, {engine}"
+        name = {"llama": "llama.cpp", "ik": "ik_llama.cpp"}.get(engine, f"gptoss, {engine}")
         label = f"{name}, {result['threads']} threads"
         for run in runs:
             for what, rate in run["rates"].items():

@@ -1,13 +1,14 @@
 """Writes a gpt-oss checkpoint as GGUF, with the types of the official files.
 
 Attention, embedding and output become Q8_0; experts stay MXFP4, bit for bit; norms, biases, sinks
-and the router are F32. There is no tokenizer in the file: feed it token ids.
+and the router are F32. The checkpoint's tokenizer.json goes in, too; without one, feed token ids.
 
     python bench/write_gguf.py CHECKPOINT OUT.gguf
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -176,15 +177,54 @@ def describe(writer: gguf.GGUFWriter, checkpoint: Checkpoint) -> None:
         writer.add_rope_scaling_factor(config.rope_factor)
         writer.add_rope_scaling_orig_ctx_len(config.rope_original_context)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("none")
+    if checkpoint.tokenizer_path is None:
+        writer.add_tokenizer_model("none")
+    else:
+        describe_tokenizer(writer, checkpoint.tokenizer_path, config.vocab_size)
+
+
+def describe_tokenizer(writer: gguf.GGUFWriter, path: Path, vocab_size: int) -> None:
+    """A byte-level BPE. Ids that it does not use get a name of their own, and are never written."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    added = {token["id"]: token["content"] for token in content["added_tokens"]}
+    names = [f"<|unused_{index}|>" for index in range(vocab_size)]
+    kinds = [gguf.TokenType.UNUSED] * vocab_size
+    for name, index in content["model"]["vocab"].items():
+        names[index], kinds[index] = name, gguf.TokenType.NORMAL
+    for index, name in added.items():
+        names[index], kinds[index] = name, gguf.TokenType.CONTROL
+    merges = content["model"]["merges"]
+    writer.add_tokenizer_model("gpt2")
+    # How text is cut before it is merged: o200k has a pattern of its own.
+    splits = "Split" in json.dumps(content["pre_tokenizer"])
+    writer.add_tokenizer_pre("gpt-4o" if splits else "gpt-2")
+    writer.add_token_list(names)
+    writer.add_token_types(kinds)
+    writer.add_token_merges([m if isinstance(m, str) else " ".join(m) for m in merges])
+    ids = {name: index for index, name in added.items()}
+    writer.add_bos_token_id(ids["<|startoftext|>"])
+    writer.add_eos_token_id(ids["<|return|>"])
+    writer.add_pad_token_id(ids["<|endoftext|>"])
+    writer.add_add_bos_token(False)
 
 
 def write_gguf(checkpoint_path: str | Path, out: str | Path) -> Path:
-    """Writes the checkpoint as one GGUF file, tensor by tensor; at most one is in memory."""
+    """Writes the checkpoint as one GGUF file, tensor by tensor; at most one is in memory. If
+    anything stops it, nothing is left."""
     checkpoint = open_checkpoint(checkpoint_path)
     checkpoint.check()
     partial = Path(f"{out}.partial")
-    writer = gguf.GGUFWriter(partial, "gpt-oss")
+    try:
+        write_tensors(partial, checkpoint)
+        return partial.rename(out)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def write_tensors(path: Path, checkpoint: Checkpoint) -> None:
+    """Writes the file: metadata, then every tensor as it is made."""
+    writer = gguf.GGUFWriter(path, "gpt-oss")
     describe(writer, checkpoint)
     tensors = list(outputs(Source(checkpoint)))
     for tensor in tensors:
@@ -197,7 +237,6 @@ def write_gguf(checkpoint_path: str | Path, out: str | Path) -> Path:
     for tensor in tensors:
         writer.write_tensor_data(np.ascontiguousarray(tensor.make()))
     writer.close()
-    return partial.rename(out)
 
 
 if __name__ == "__main__":

@@ -5,14 +5,25 @@
 
 namespace gptoss {
 
-std::vector<Sample> Backend::take_samples(Mat<const float> logits) {
-  std::vector<Sample> samples;
-  std::vector<float> row(logits.cols);
-  for (const SampleRequest& request : asked_) {
-    copy_out(row.data(), logits.row(request.row), logits.cols * sizeof(float));
-    samples.push_back(request.sampler->sample(row.data(), request.position));
+std::vector<std::optional<Sample>> Backend::take_samples(Mat<const float> logits) {
+  std::vector<std::optional<Sample>> samples;
+  for (size_t i = 0; i < asked_.size(); ++i) {
+    const int32_t guess = asked_[i].guess;
+    const bool wanted = guess < 0 || (samples.back() && samples.back()->token == guess);
+    try {
+      samples.push_back(wanted ? std::optional(take_sample(i, logits)) : std::nullopt);
+    } catch (CannotSample& error) {
+      error.item = asked_[i].item;
+      throw;
+    }
   }
   return samples;
+}
+
+Sample Backend::take_sample(size_t i, Mat<const float> logits) {
+  std::vector<float> row(logits.cols);
+  copy_out(row.data(), logits.row(asked_[i].row), row.size() * sizeof(float));
+  return asked_[i].sampler->sample(row.data(), asked_[i].position);
 }
 
 Precision precision_of(const std::string& name) {

@@ -1,10 +1,10 @@
 // What a backend does: memory, weights in its own arrangement, and a dozen coarse operations.
 //
 // The model (model.cpp) is written once against this interface. Choosing a kernel for one token or a thousand, grouping
-// tokens by expert and rounding operands happen below it. Operations run in order on the backend's one stream; none
-// allocates or waits for the host, so that a step of a known kind can be recorded and replayed. Outputs come first, then
-// inputs. Activations are float32; an operation that multiplies matrices rounds its activations to bfloat16 (or int8, as the
-// precision says) itself and sums in float32.
+// tokens by expert and rounding operands happen below it. Operations run in order on the backend's one stream. None takes
+// memory, and none waits for the stream's work but take_samples, which brings the tokens to the host: so a step of a known kind
+// can be recorded and replayed. Outputs come first, then inputs. Activations are float32; an operation that multiplies matrices
+// rounds its activations to bfloat16 (or int8, as the precision says) itself and sums in float32.
 //
 // The result of a row depends on its own sequence alone, bit for bit: not on other rows, not on how a prompt was cut into
 // steps, not on the number of threads. One exception: products of many tokens on sm_90, unless BackendOptions::invariant.
@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -59,6 +60,9 @@ struct SampleRequest {
   int64_t row = 0;
   const Sampler* sampler = nullptr;
   int64_t position = 0;  // of the new token in its sequence
+  // Not -1: the row follows a guess of what the request before it draws, and is wanted only if that came true.
+  int32_t guess = -1;
+  size_t item = 0;  // of the step: whose it is
 };
 
 // The most a model can be asked for; what its memory is planned by.
@@ -176,10 +180,12 @@ class Backend {
   }
 
   // Sampling, in three parts, so that the middle one can be recorded: which rows tokens are wanted of (no row twice); the draw;
-  // and the tokens, which are waited for. take_samples throws what Sampler::sample does.      logits: [n, V], left unchanged
+  // and the tokens, which are waited for: none behind a guess that was wrong. take_samples throws what Sampler::sample does,
+  // and says whose row it was.
+  //                                                                                         logits: [n, V], left unchanged
   virtual void ask_samples(const std::vector<SampleRequest>& requests) { asked_ = requests; }
   virtual void draw_samples(Mat<float>) {}
-  virtual std::vector<Sample> take_samples(Mat<const float> logits);
+  virtual std::vector<std::optional<Sample>> take_samples(Mat<const float> logits);
 
   // Waits until everything asked for is done and results may be read.
   virtual void synchronize() = 0;
@@ -188,6 +194,8 @@ class Backend {
   int64_t page_bytes(int64_t kv_heads) const { return kv_heads * kPageTokens * kHeadDim * 2; }
 
  protected:
+  virtual Sample take_sample(size_t i, Mat<const float> logits);  // of asked_[i], when all are there
+
   std::vector<SampleRequest> asked_;
 };
 

@@ -10,6 +10,9 @@ namespace gptoss {
 namespace {
 
 constexpr int64_t kMostSequences = 256;  // where nobody asks for a number
+// With a prefix cache: one window page for so many full ones, beside those that sequences need. A window page is wanted where a
+// sequence ended, or left another; the others are read once.
+constexpr int64_t kFullPerWindow = 4;
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -49,7 +52,7 @@ struct Planner {
 
 }  // namespace
 
-MemoryPlan plan_memory(const Backend& backend, const ModelConfig& config, const Limits& asked,
+MemoryPlan plan_memory(const Backend& backend, const ModelConfig& config, const Limits& asked, bool prefix_cache,
                        const std::function<int64_t(const Limits&)>& workspace) {
   const Planner planner(backend, config);
   const int64_t available = static_cast<int64_t>(std::min<size_t>(backend.available_memory(), INT64_MAX));
@@ -75,9 +78,16 @@ MemoryPlan plan_memory(const Backend& backend, const ModelConfig& config, const 
          ", work space ", gib(plan.workspace_bytes), ", a cache for ", plan.limits.sequences,
          plan.limits.sequences == 1 ? " sequence" : " sequences", all ? join(" of ", plan.limits.context, " tokens ") : " ",
          gib(needed), all ? "" : " at the least", "; only ", gib(available), " are available");
-  plan.full_pages = most;
-  if (const int64_t page = planner.page_bytes * planner.n_full; page > 0)
-    plan.full_pages = std::min(most, 1 + (left - planner.cache_bytes(1, plan.window_pages)) / page);
+  const int64_t full_page = planner.page_bytes * planner.n_full, window_page = planner.page_bytes * planner.n_window;
+  const int64_t spare = left - planner.cache_bytes(1, plan.window_pages);
+  const int64_t cost = prefix_cache ? full_page + ceil_div(window_page, kFullPerWindow) : full_page;
+  plan.full_pages = all || full_page == 0 ? most : std::min(most, 1 + spare / cost);
+  plan.cached_pages = -1;
+  if (!prefix_cache) return plan;
+  const int64_t rest = left - planner.cache_bytes(plan.full_pages, plan.window_pages);
+  if (window_page > 0) plan.window_pages += std::min(ceil_div(plan.full_pages, kFullPerWindow), rest / window_page);
+  // Not all of a large pool: on a CPU its memory is nobody's until it is used. But one sequence can always come back whole.
+  plan.cached_pages = std::max(plan.full_pages / 4, planner.context_pages(plan.limits));
   return plan;
 }
 

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <deque>
 #include <set>
 
 #include "check.h"
@@ -56,26 +57,38 @@ void Model::unembed(int64_t n, const int32_t* rows) {
 
 namespace {
 
-// The samples wanted of some rows of logits, and whose they are.
+// The samples wanted of some rows of logits.
 struct Wanted {
   std::vector<SampleRequest> requests;
-  std::vector<size_t> items;
+  std::deque<Sampler> ahead;  // that have recorded guesses
 
-  void add(const std::vector<StepItem>& all, size_t item, int64_t row) {
+  // place: of the row among those that the item wants, which come in order.
+  void add(const std::vector<StepItem>& all, size_t item, int64_t row, int64_t place) {
     const StepItem& it = all[item];
     if (!it.sampler) return;
-    requests.push_back({row, it.sampler, it.sequence->length() + static_cast<int64_t>(it.tokens.size())});
-    items.push_back(item);
+    const int64_t known = std::ssize(it.tokens) - it.n_drafts;  // tokens before the first guess
+    const int32_t guess = place > 0 ? it.tokens[known + place - 1] : -1;
+    const Sampler* sampler = place > 0 ? requests.back().sampler : it.sampler;
+    if (place > 0 && sampler->has_penalties()) {
+      ahead.push_back(*sampler);
+      ahead.back().record(guess);
+      sampler = &ahead.back();
+    }
+    requests.push_back({row, sampler, it.sequence->length() + known + place, guess, item});
+  }
+  void move(std::vector<std::vector<Sample>>& to, std::vector<std::optional<Sample>> drawn) const {
+    for (size_t i = 0; i < drawn.size(); ++i)
+      if (drawn[i]) to[requests[i].item].push_back(std::move(*drawn[i]));
   }
 };
 
 }  // namespace
 
 // One token of each sequence, all followed by logits: the step of a generation, which a backend may replay as a whole.
-std::vector<std::optional<Sample>> Model::decode(const Batch& batch, const std::vector<StepItem>& items, float* logits,
-                                                 const std::function<void()>& poll) {
+std::vector<std::vector<Sample>> Model::decode(const Batch& batch, const std::vector<StepItem>& items, float* logits,
+                                               const std::function<void()>& poll) {
   Wanted wanted;
-  for (size_t i = 0; i < items.size(); ++i) wanted.add(items, i, static_cast<int64_t>(i));
+  for (size_t i = 0; i < items.size(); ++i) wanted.add(items, i, static_cast<int64_t>(i), 0);
   const bool samples = !wanted.requests.empty();
   if (samples) backend_->ask_samples(wanted.requests);
   backend_->run(batch, samples ? StepEnd::kSamples : StepEnd::kLogits, [&](int64_t n) {
@@ -85,43 +98,43 @@ std::vector<std::optional<Sample>> Model::decode(const Batch& batch, const std::
   });
   const auto rows = logits_.mat<float>(batch.n_tokens(), config_.vocab_size);
   if (logits) backend_->copy_out(logits, rows.data, rows.size() * sizeof(float));
-  std::vector<std::optional<Sample>> result(items.size());
-  if (!samples) return result;
-  std::vector<Sample> drawn = backend_->take_samples({rows.data, rows.rows, rows.cols});
-  for (size_t i = 0; i < drawn.size(); ++i) result[wanted.items[i]] = std::move(drawn[i]);
+  std::vector<std::vector<Sample>> result(items.size());
+  if (samples) wanted.move(result, backend_->take_samples({rows.data, rows.rows, rows.cols}));
   return result;
 }
 
 // Any other step; logits are computed for some rows at a time.
-std::vector<std::optional<Sample>> Model::prefill(const Batch& batch, const std::vector<StepItem>& items, float* logits,
-                                                  const std::function<void()>& poll) {
+std::vector<std::vector<Sample>> Model::prefill(const Batch& batch, const std::vector<StepItem>& items, float* logits,
+                                                const std::function<void()>& poll) {
   backend_->run(batch, StepEnd::kLayers, [&](int64_t n) { forward(n, poll); });
+  struct Place {
+    size_t item;
+    int64_t place;  // among the rows that the item wants
+  };
   std::vector<int32_t> rows;
-  std::vector<size_t> item_of;
+  std::vector<Place> places;
   for (size_t i = 0; i < items.size(); ++i) {
-    const BatchSequence& sequence = batch.sequences[i];
-    const int64_t end = sequence.first_row + sequence.n_rows;
-    for (int64_t row = items[i].want == Want::kAll ? sequence.first_row : end - (items[i].want == Want::kLast); row < end;
-         ++row) {
-      rows.push_back(static_cast<int32_t>(row));
-      item_of.push_back(i);
+    const int64_t n = items[i].n_logits(), first = batch.sequences[i].first_row + batch.sequences[i].n_rows - n;
+    for (int64_t place = 0; place < n; ++place) {
+      rows.push_back(static_cast<int32_t>(first + place));
+      places.push_back({i, place});
     }
   }
 
   const int64_t n_rows = static_cast<int64_t>(rows.size()), V = config_.vocab_size;
-  std::vector<std::optional<Sample>> result(items.size());
-  for (int64_t begin = 0; begin < n_rows; begin += Limits::kPromptLogitRows) {
-    const auto out = logits_.mat<float>(std::min(Limits::kPromptLogitRows, n_rows - begin), V);
+  std::vector<std::vector<Sample>> result(items.size());
+  for (int64_t begin = 0, end = 0; begin < n_rows; begin = end) {
+    end = std::min(n_rows, begin + Limits::kPromptLogitRows);
+    while (end < n_rows && places[end].place > 0 && items[places[end].item].sampler) --end;  // drafts stay together
+    const auto out = logits_.mat<float>(end - begin, V);
     Wanted wanted;
-    for (int64_t i = 0; i < out.rows; ++i) wanted.add(items, item_of[begin + i], i);
+    for (int64_t i = begin; i < end; ++i) wanted.add(items, places[i].item, i - begin, places[i].place);
     const bool samples = !wanted.requests.empty();
     if (samples) backend_->ask_samples(wanted.requests);
     unembed(out.rows, rows.data() + begin);
     if (samples) backend_->draw_samples(out);
     if (logits) backend_->copy_out(logits + begin * V, out.data, out.size() * sizeof(float));
-    if (!samples) continue;
-    std::vector<Sample> drawn = backend_->take_samples({out.data, out.rows, V});
-    for (size_t i = 0; i < drawn.size(); ++i) result[wanted.items[i]] = std::move(drawn[i]);
+    if (samples) wanted.move(result, backend_->take_samples({out.data, out.rows, V}));
   }
   return result;
 }
@@ -140,8 +153,9 @@ void Model::check_items(const std::vector<StepItem>& items) const {
   std::set<const Sequence*> seen;
   int64_t total = 0;
   for (const StepItem& item : items) {
-    CHECK(item.sequence && item.sequence->model_, "a sequence is closed");
-    CHECK(item.sequence->model_.get() == this, "a sequence belongs to another model");
+    const std::shared_ptr<Model> model = item.sequence ? item.sequence->model_.load() : nullptr;
+    CHECK(model, "a sequence is closed");
+    CHECK(model.get() == this, "a sequence belongs to another model");
     CHECK(seen.insert(item.sequence).second, "a sequence appears twice in one step");
     const int64_t n = static_cast<int64_t>(item.tokens.size()), length = item.sequence->length();
     CHECK(n > 0, "tokens must not be empty");
@@ -151,6 +165,10 @@ void Model::check_items(const std::vector<StepItem>& items) const {
     CHECK(!item.sampler || item.want == Want::kLast, "an item with a sampler must want the logits of its last token");
     CHECK(!item.sampler || item.sampler->vocab_size() == config_.vocab_size, "a sampler was made for a vocabulary of ",
           item.sampler->vocab_size(), ", not ", config_.vocab_size);
+    CHECK(item.n_drafts == 0 || item.sampler, "an item with drafts must have a sampler");
+    const int64_t most_drafts = std::min(n, Limits::kPromptLogitRows) - 1;
+    CHECK(item.n_drafts >= 0 && item.n_drafts <= most_drafts, "n_drafts must be between 0 and ", most_drafts, " for ", n,
+          " tokens, not ", item.n_drafts);
     total += n;
   }
   CHECK(total <= max_batch_tokens(), "a step takes at most ", max_batch_tokens(), " tokens, not ", total);
@@ -172,8 +190,8 @@ Batch Model::make_batch(const std::vector<StepItem>& items) const {
   return batch;
 }
 
-std::vector<std::optional<Sample>> Model::step(const std::vector<StepItem>& items, float* logits,
-                                               const std::function<void()>& poll) {
+std::vector<std::vector<Sample>> Model::step(const std::vector<StepItem>& items, float* logits,
+                                             const std::function<void()>& poll) {
   check_process();
   std::lock_guard lock(mutex_);
   CHECK(!loader_, "the model is not loaded yet");
@@ -187,11 +205,15 @@ std::vector<std::optional<Sample>> Model::step(const std::vector<StepItem>& item
     const Batch batch = make_batch(items);
     const bool decodes = batch.is_decode() && std::all_of(items.begin(), items.end(),
                                                           [](const StepItem& item) { return item.want != Want::kNothing; });
-    std::vector<std::optional<Sample>> samples =
+    std::vector<std::vector<Sample>> samples =
         decodes ? decode(batch, items, logits, poll) : prefill(batch, items, logits, poll);
     for (size_t i = 0; i < items.size(); ++i) {
-      cache_->commit(items[i].sequence->cache_, static_cast<int64_t>(items[i].tokens.size()));
-      if (samples[i]) items[i].sampler->record(samples[i]->token);
+      const StepItem& item = items[i];
+      SequenceCache& cache = item.sequence->cache_;
+      const int64_t wrong = item.n_drafts > 0 ? item.n_drafts + 1 - std::ssize(samples[i]) : 0;
+      cache_->commit(cache, std::ssize(item.tokens) - wrong, item.tokens.data());
+      if (wrong > 0) cache_->trim(cache);
+      for (const Sample& sample : samples[i]) item.sampler->record(sample.token);
     }
     return samples;
   } catch (...) {
@@ -200,23 +222,35 @@ std::vector<std::optional<Sample>> Model::step(const std::vector<StepItem>& item
   }
 }
 
-Sequence::Sequence(std::shared_ptr<Model> model) : model_(std::move(model)) {
-  CHECK(!model_->loader_, "the model is not loaded yet");
-}
+Sequence::Sequence(std::shared_ptr<Model> model) : model_(model) { CHECK(!model->loader_, "the model is not loaded yet"); }
 Sequence::~Sequence() { close(); }
 
+Sequence::Open Sequence::open() const {
+  Open open = {model_.load(), {}};
+  if (open.model) {
+    open.model->check_process();
+    open.lock = std::unique_lock(open.model->mutex_);
+  }
+  CHECK(model_.load(), "the sequence is closed");  // perhaps while this waited for the lock
+  return open;
+}
+
 void Sequence::truncate(int64_t length) {
-  CHECK(model_, "the sequence is closed");
-  std::lock_guard lock(model_->mutex_);
-  model_->cache_->truncate(cache_, length);
+  const Open open = this->open();
+  open.model->cache_->truncate(cache_, length);
+}
+
+int64_t Sequence::reuse(const std::vector<int32_t>& tokens) {
+  const Open open = this->open();
+  return open.model->cache_->reuse(cache_, tokens.data(), std::ssize(tokens));
 }
 
 void Sequence::close() {
-  const std::shared_ptr<Model> model = model_;        // it may end here, after its lock
-  if (!model || getpid() != model->process_) return;  // in a forked child the lock may never be released
+  const std::shared_ptr<Model> model = model_.load();  // it may end here, after its lock
+  if (!model || getpid() != model->process_) return;   // in a forked child the lock may never be released
   std::lock_guard lock(model->mutex_);
   model->cache_->release(cache_);
-  model_.reset();
+  model_.store(nullptr);
 }
 
 // ------------------------------------------------------------------------------------------------------------ loading
@@ -231,7 +265,7 @@ Model::Model(const ModelConfig& config, const ModelOptions& options)
         asked.batch_tokens);
   CHECK(asked.sequences >= 0 && asked.sequences <= 65536, "max_sequences must be between 1 and 65536, not ", asked.sequences);
   backend_ = make_backend(options.backend);
-  plan_ = plan_memory(*backend_, config_, asked, [this](const Limits& limits) {
+  plan_ = plan_memory(*backend_, config_, asked, options.prefix_cache, [this](const Limits& limits) {
     int64_t bytes = static_cast<int64_t>(backend_->workspace_bytes(config_, limits));
     for (const auto& [buffer, floats] : work_space(limits)) bytes += floats * static_cast<int64_t>(sizeof(float));
     return bytes;
@@ -240,7 +274,7 @@ Model::Model(const ModelConfig& config, const ModelOptions& options)
   loader_ = std::make_unique<WeightLoader>(*backend_, config_);
   backend_->reserve(config_, plan_.limits);
   for (const auto& [buffer, floats] : work_space(plan_.limits)) *buffer = backend_->allocate(floats * sizeof(float));
-  cache_ = std::make_unique<KvCache>(*backend_, config_, plan_.full_pages, plan_.window_pages);
+  cache_ = std::make_unique<KvCache>(*backend_, config_, plan_.full_pages, plan_.window_pages, plan_.cached_pages);
 }
 
 std::vector<std::pair<Buffer*, int64_t>> Model::work_space(const Limits& limits) {

@@ -106,10 +106,23 @@ void Sampler::observe_prompt(const int32_t* tokens, int64_t n) {
   adjustments_ = std::move(merged);
 }
 
+void Sampler::allow(const uint32_t* mask) {
+  if (!mask) return mask_.clear();
+  std::vector<uint32_t> words(mask, mask + mask_words(vocab_size_));
+  if (vocab_size_ % 32) words.back() &= (uint32_t{1} << vocab_size_ % 32) - 1;
+  CHECK(std::any_of(words.begin(), words.end(), [](uint32_t word) { return word != 0; }), "mask allows none of the ",
+        vocab_size_, " tokens");
+  mask_ = std::move(words);
+}
+
+bool Sampler::has_penalties() const {
+  const Penalties p = penalties();
+  return p.repetition != 1 || p.presence != 0 || p.frequency != 0;
+}
+
 void Sampler::record(int32_t token) {
   check_token(token);
-  const Penalties p = penalties();
-  if (p.repetition == 1 && p.presence == 0 && p.frequency == 0) return;
+  if (!has_penalties()) return;
   TokenAdjustment& adjustment = adjustment_of(token);
   adjustment.repeated = 1;
   ++adjustment.count;
@@ -119,9 +132,11 @@ void Sampler::check_token(int32_t token) const {
   CHECK(token >= 0 && token < vocab_size_, "token id ", token, " is outside the vocabulary of ", vocab_size_);
 }
 
-void fail_not_numbers(int64_t n) { FAIL("the logits have ", n, " values that are not a number"); }
+void fail_not_numbers(int64_t n) { throw CannotSample(join("the logits have ", n, " values that are not a number")); }
 
-void fail_no_maximum(float top) { FAIL("the logits have no finite maximum (", top, "): nothing can be sampled"); }
+void fail_no_maximum(float top) {
+  throw CannotSample(join("the logits have no finite maximum (", top, "): nothing can be sampled"));
+}
 
 int32_t Sampler::draw(const float* logits, int64_t position) const {
   const SamplingOptions& o = options_;
@@ -129,8 +144,10 @@ int32_t Sampler::draw(const float* logits, int64_t position) const {
   const float top = logits[best];
   if (!std::isfinite(top)) fail_no_maximum(top);
   if (o.temperature == 0 || o.top_k == 1) return best;
-  std::vector<int32_t> ids(vocab_size_);
-  std::iota(ids.begin(), ids.end(), 0);
+  std::vector<int32_t> ids;
+  ids.reserve(vocab_size_);
+  for (int32_t id = 0; id < vocab_size_; ++id)
+    if (allows(id)) ids.push_back(id);
   if (o.top_k > 0) keep_best(ids, o.top_k, logits);
   if (o.top_p < 1) keep_nucleus(ids, o.top_p, logits, top, o.temperature);
   std::sort(ids.begin(), ids.end());
@@ -166,11 +183,14 @@ Sample Sampler::sample(const float* logits, int64_t position) const {
   for (int64_t i = 0; i < vocab_size_; ++i) not_numbers += logits[i] != logits[i];
   if (not_numbers > 0) fail_not_numbers(not_numbers);
   Sample sample;
-  if (adjustments_.empty()) {
+  if (adjustments_.empty() && mask_.empty()) {
     sample.token = draw(logits, position);
   } else {
     std::vector<float> row(logits, logits + vocab_size_);
     for (const TokenAdjustment& a : adjustments_) row[a.token] = adjusted(row[a.token], a, penalties());
+    if (!mask_.empty())
+      for (int32_t id = 0; id < vocab_size_; ++id)
+        if (!allows(id)) row[id] = -HUGE_VALF;
     sample.token = draw(row.data(), position);
   }
   if (options_.logprobs >= 0) add_logprobs(sample, logits);

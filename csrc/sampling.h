@@ -1,14 +1,16 @@
 // From one row of logits to one token.
 //
-// In this order: logit_bias is added; repetition, presence and frequency penalties; at temperature 0 the largest logit wins
-// (ties: the lower id); else logits are divided by the temperature, the top_k largest stay (ties: lower ids), of those the
-// smallest set of the most probable that reaches top_p of their mass, of those the ones with at least min_p of the largest
-// probability; and one of the rest is drawn by its probability. The random number depends on seed and position alone, so a
-// sequence repeats whatever it is batched with. Log-probabilities are those of the model, before any of this.
+// In this order: tokens that a mask forbids are left out; logit_bias is added; repetition, presence and frequency penalties; at
+// temperature 0 the largest logit wins (ties: the lower id); else logits are divided by the temperature, the top_k largest stay
+// (ties: lower ids), of those the smallest set of the most probable that reaches top_p of their mass, of those the ones with at
+// least min_p of the largest probability; and one of the rest is drawn by its probability. The random number depends on seed
+// and position alone, so a sequence repeats whatever it is batched with. Log-probabilities are those of the model, before any
+// of this.
 #pragma once
 #include <cmath>
 #include <cstdint>
 #include <map>
+#include <stdexcept>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -70,9 +72,14 @@ class Sampler {
   int64_t vocab_size() const { return vocab_size_; }
   const SamplingOptions& options() const { return options_; }
   Penalties penalties() const { return {options_.repetition_penalty, options_.presence_penalty, options_.frequency_penalty}; }
+  bool has_penalties() const;  // whether a token that is recorded changes anything
   // By token, each token once.
   const std::vector<TokenAdjustment>& adjustments() const { return adjustments_; }
   void observe_prompt(const int32_t* tokens, int64_t n);
+  // Only tokens whose bit is set may be drawn from now on; null: any.    mask: [mask_words], bit t % 32 of word t / 32
+  void allow(const uint32_t* mask);
+  static int64_t mask_words(int64_t vocab_size) { return (vocab_size + 31) / 32; }
+  const std::vector<uint32_t>& mask() const { return mask_; }  // empty: any token
   // logits: [vocab_size]; position: of the token to be sampled in its sequence. Throws if the logits are not numbers.
   Sample sample(const float* logits, int64_t position) const;
   void record(int32_t token);
@@ -80,15 +87,24 @@ class Sampler {
  private:
   void check_token(int32_t token) const;
   TokenAdjustment& adjustment_of(int32_t token);
+  bool allows(int32_t token) const { return mask_.empty() || (mask_[token / 32] >> token % 32 & 1); }
   int32_t draw(const float* logits, int64_t position) const;
   void add_logprobs(Sample& sample, const float* logits) const;
 
   int64_t vocab_size_;
   SamplingOptions options_;
   std::vector<TokenAdjustment> adjustments_;
+  std::vector<uint32_t> mask_;  // bits past the vocabulary are 0
 };
 
-// What sampling throws of logits that nothing can be drawn from, wherever it is done.
+// No token can be drawn from a row of logits.
+class CannotSample : public std::runtime_error {
+ public:
+  using std::runtime_error::runtime_error;
+  size_t item = 0;  // of a step: whose row it is
+};
+
+// What sampling throws of such logits, wherever it is done.
 [[noreturn]] void fail_not_numbers(int64_t n);
 [[noreturn]] void fail_no_maximum(float top);
 

@@ -4,6 +4,7 @@ No bound is a guessed tolerance. The truth is float64; the same computation in p
 engine's precision has some error against it; the engine is held to that.
 """
 
+import torch
 from torch import Tensor
 
 FLOAT32_ROUNDING = 2.0**-24
@@ -58,3 +59,10 @@ def assert_same_rounding(actual: Tensor, plain: Tensor, exact: Tensor, share: fl
     assert difference <= bound, (
         f"{difference:.3g} from torch, which is {cost:.3g} from float64; bound {bound:.3g}"
     )
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
+    """Both have the same bits, -0 not being 0; the error names the rows that differ."""
+    assert actual.shape == expected.shape
+    differing = (actual.view(torch.int32) != expected.view(torch.int32)).any(-1).nonzero()
+    assert not len(differing), f"rows {differing.flatten()}"

@@ -84,8 +84,6 @@ EXACT = Precision(sums=torch.float64, operands=torch.float64)
 SINGLE = Precision(sums=torch.float32, operands=torch.float32)
 ENGINE = Precision(sums=torch.float32, operands=torch.bfloat16)
 FAST = Precision(sums=torch.float32, operands=torch.bfloat16, int8=True)
-FAST_EXACT_SUMS = Precision(sums=torch.float64, operands=torch.bfloat16, int8=True)
-ENGINE_EXACT_SUMS = Precision(sums=torch.float64, operands=torch.bfloat16)
 
 
 def int8_rounded(x: Tensor, scales_in_bfloat16: bool = False) -> Tensor:

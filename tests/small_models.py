@@ -254,9 +254,8 @@ def feed(core, batch: Sequence[tuple[object, Tensor]]) -> list[Tensor]:
 
 def core_logits(core, tokens: Tensor, chunk: int = 0) -> Tensor:
     """Logits [n, V] of one new sequence, fed `chunk` tokens at a time (0: as many as fit)."""
-    from gptoss import _gptoss
 
-    sequence = _gptoss.Sequence(core)
+    sequence = core.new_sequence()
     parts = [
         feed(core, [(sequence, part)])[0] for part in tokens.split(chunk or core.max_batch_tokens)
     ]

@@ -24,18 +24,6 @@ Q_WEIGHT = "model.layers.0.self_attn.q_proj.weight"
 GATE_UP = "model.layers.1.mlp.experts.gate_up_proj_"
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    """A small checkpoint in one file, to be spoiled."""
-    return write_small(tmp_path / "model")
-
-
-@pytest.fixture
-def sharded(tmp_path: Path) -> Path:
-    """The same in three files with an index."""
-    return write_small(tmp_path / "sharded", shards=3)
-
-
 def refused(path: Path, *texts: object, error: type[Exception] = ValueError) -> None:
     """Opening or checking raises this error, and its message holds these texts."""
     with pytest.raises(error) as info:

@@ -12,7 +12,7 @@ import pytest
 from gptoss import Model, SamplingParams, __version__
 from gptoss.cli import main
 
-COMMANDS = ["generate", "inspect", "synth", "bench", "demo"]
+COMMANDS = ["generate", "chat", "inspect", "synth", "bench", "demo", "serve"]
 
 
 @pytest.fixture

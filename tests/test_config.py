@@ -148,9 +148,11 @@ BAD_FIELDS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("layout", "name", "value"), BAD_FIELDS, ids=lambda value: repr(value)[:30]
-)
+def case_id(value: Any) -> str:
+    return "missing" if value is MISSING else repr(value)[:30]
+
+
+@pytest.mark.parametrize(("layout", "name", "value"), BAD_FIELDS, ids=case_id)
 def test_bad_field(layout: str, name: str, value: Any, configs: dict[str, Any]) -> None:
     values = dict(configs[layout])
     if value is MISSING:

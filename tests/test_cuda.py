@@ -8,6 +8,7 @@ import pytest
 import torch
 from checkpoint_files import write_small
 from gptoss import Model, SamplingParams, _gptoss
+from op_cases import assert_no_experts_for_padding
 from small_models import (
     DEVICE,
     core_fields,
@@ -18,7 +19,6 @@ from small_models import (
     random_tokens,
     small,
 )
-from test_ops import assert_no_experts_for_padding
 
 pytestmark = pytest.mark.skipif(DEVICE == "cpu", reason="of the CUDA backend")
 emulated = pytest.mark.skipif(
@@ -51,7 +51,7 @@ def test_replayed_steps_have_the_same_bits() -> None:
     core = make_core(CONFIG, random_tensors(CONFIG), **LIMITS)
     prompts = [random_tokens(140 - 2 * i, CONFIG, i) for i in range(6)]
     expected = [core_logits(core, tokens) for tokens in prompts]
-    sequences = [_gptoss.Sequence(core) for _ in prompts]
+    sequences = [core.new_sequence() for _ in prompts]
     for i, sequence in enumerate(sequences):
         feed(core, [(sequence, prompts[i][: 120 - i])])
     for step in range(16):
@@ -66,7 +66,7 @@ def test_steps_that_want_some_rows() -> None:
     core = make_core(CONFIG, random_tensors(CONFIG), **LIMITS)
     prompts = [random_tokens(4, CONFIG, i) for i in range(3)]
     expected = [core_logits(core, tokens) for tokens in prompts]
-    sequences = [_gptoss.Sequence(core) for _ in prompts]
+    sequences = [core.new_sequence() for _ in prompts]
     for step, wants in enumerate(((0, 0, 0), (1, 0, 1), (0, 1, 0), (2, 1, 1))):
         rows = [i for i, want in enumerate(wants) if want]
         logits = torch.empty(len(rows), CONFIG.vocab_size)
@@ -80,7 +80,7 @@ def test_steps_that_want_some_rows() -> None:
 def test_more_than_was_reserved() -> None:
     core = make_core(CONFIG, random_tensors(CONFIG), **LIMITS | {"max_sequences": 2})
     assert (core.max_sequences, core.max_context, core.max_batch_tokens) == (2, 300, 160)
-    sequences = [_gptoss.Sequence(core) for _ in range(3)]
+    sequences = [core.new_sequence() for _ in range(3)]
     with pytest.raises(ValueError, match="at most 2 sequences, not 3"):
         core.step([(sequence, [1], 0, None) for sequence in sequences])
     with pytest.raises(ValueError, match="at most 160 tokens, not 161"):
@@ -177,7 +177,7 @@ def test_failure_in_a_generation(path: Path, monkeypatch: pytest.MonkeyPatch, ke
     params = SamplingParams(max_new_tokens=12, temperature=0, ignore_eos=True)
     model = load(path)
     expected = model.generate([1, 2, 3], params).tokens
-    sequence = _gptoss.Sequence(model.core)
+    sequence = model.core.new_sequence()
     model.core.step([(sequence, [4, 5], 0, None)])
     held = model.core.memory()["cache_used"]
     monkeypatch.setenv("GPTOSS_EMULATOR_FAIL", str(kernel))

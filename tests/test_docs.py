@@ -60,14 +60,29 @@ def test_links(document: Path) -> None:
     assert not wrong
 
 
+def run_examples(
+    document: Path, model: Path, chat: bool, directory: Path, patch: pytest.MonkeyPatch
+) -> None:
+    """The examples of a document that chat, or those that do not, one after the other, with a tiny
+    model for the one they name."""
+    examples = EXAMPLE.findall(document.read_text(encoding="utf-8"))
+    (directory / "gpt-oss-20b").symlink_to(model)
+    patch.chdir(directory)
+    namespace: dict[str, object] = {}
+    for example in examples:
+        if chat == (document.name == "chat.md" or ".chat(" in example):
+            exec(compile(example, str(document), "exec"), namespace)
+
+
 @pytest.mark.parametrize("document", DOCUMENTS, ids=ids(DOCUMENTS))
 def test_python_examples(
     document: Path, tiny_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The examples of a document, one after the other, with a tiny model for the one they name."""
-    examples = EXAMPLE.findall(document.read_text(encoding="utf-8"))
-    (tmp_path / "gpt-oss-20b").symlink_to(tiny_path)
-    monkeypatch.chdir(tmp_path)
-    namespace: dict[str, object] = {}
-    for example in examples:
-        exec(compile(example, str(document), "exec"), namespace)
+    run_examples(document, tiny_path, False, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/chat.md"])
+def test_python_examples_of_chat(
+    name: str, harmony_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_examples(ROOT / name, harmony_path, True, tmp_path, monkeypatch)

@@ -6,11 +6,10 @@
 #include <vector>
 
 #include "cuda/common.cuh"
+#include "emulator_checks.h"
 
 namespace gptoss::cuda {
 namespace {
-
-void set_seed(int seed) { setenv("GPTOSS_EMULATOR_SEED", std::to_string(seed).c_str(), 1); }
 
 void warp_votes_kernel(int* out) {
   wait_for_previous();
@@ -76,17 +75,6 @@ void unequal_collective_kernel() {
 void different_collectives_kernel(int* out) {
   wait_for_previous();
   *out = threadIdx.x < 16 ? __shfl_xor_sync(kAllLanes, 1, 1) : __any_sync(kAllLanes, 1);
-}
-
-template <class Run>
-void expect_error(const char* what, const Run& run) {
-  try {
-    run();
-  } catch (const std::runtime_error& error) {
-    CHECK(std::string(error.what()).find(what) != std::string::npos, "another error: ", error.what());
-    return;
-  }
-  CHECK(false, "no error: ", what);
 }
 
 void impatient_kernel() {

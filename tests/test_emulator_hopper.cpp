@@ -1,26 +1,15 @@
 // The emulator's barriers, box copies and warpgroup products are those of the PTX ISA, and catch what they are there to catch.
 #include <cstdio>
-#include <cstdlib>
 #include <random>
 #include <vector>
 
 #include "cuda/hopper.cuh"
+#include "emulator_checks.h"
 
 namespace gptoss::cuda {
 namespace {
 
 constexpr int kThreads = 128, kRows = 40, kColumns = 128;  // of the matrix
-
-template <class Run>
-void expect_error(const char* what, const Run& run) {
-  try {
-    run();
-  } catch (const std::runtime_error& error) {
-    CHECK(std::string(error.what()).find(what) != std::string::npos, "another error: ", error.what());
-    return;
-  }
-  CHECK(false, "no error: ", what);
-}
 
 // Shared memory from a multiple of 1024 on, and a barrier behind `bytes` of it.
 struct Shared {
@@ -240,7 +229,7 @@ int main() {
   using namespace gptoss::cuda;
   try {
     for (int seed = 0; seed < 5; ++seed) {
-      setenv("GPTOSS_EMULATOR_SEED", std::to_string(seed).c_str(), 1);
+      set_seed(seed);
       test_boxes();
       test_barriers();
       test_products<32>();

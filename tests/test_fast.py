@@ -9,8 +9,16 @@ from functools import cache
 import pytest
 import reference
 import torch
-from errors import assert_same_rounding, mean_kl, median_error
+from errors import assert_same_bits, assert_same_rounding, mean_kl, median_error
 from gptoss import Model, _gptoss
+from op_cases import (
+    assert_bitwise,
+    assert_rows_alone,
+    moe_case,
+    normal,
+    run_moe,
+    seeded,
+)
 from reference import EXACT, FAST
 from small_models import (
     CONFIGS,
@@ -25,16 +33,6 @@ from small_models import (
     random_tokens,
     small,
     untrained_tensors,
-)
-from test_model import assert_same_bits
-from test_ops import (
-    assert_bitwise,
-    assert_rows_alone,
-    normal,
-    random_experts,
-    random_routing,
-    run_moe,
-    seeded,
 )
 from torch import Tensor
 
@@ -155,24 +153,12 @@ MOE_SHAPES = ((8, 96, 64), (4, 352, 160))  # E, H, I
 MOE_ROUTINGS = ("random", "an expert with all")
 
 
-@cache
-def moe_case(n: int, shape: tuple[int, int, int], routing: str) -> tuple:
-    """The inputs (x, t, ids, weights, experts), and x + moe(t) in torch as FAST and EXACT."""
-    n_experts, hidden, inner = shape
-    generator = seeded(n, *shape)
-    experts = random_experts(n_experts, hidden, inner, generator)
-    x, t = (normal(n, hidden, generator=generator) for _ in range(2))
-    ids, weights = random_routing(n, n_experts, routing, generator)
-    plain, exact = (x + reference.moe(t, ids, weights, experts, 7.0, p) for p in (FAST, EXACT))
-    return x, t, ids, weights, experts, plain, exact
-
-
 @cpu_only
 @pytest.mark.parametrize("routing", MOE_ROUTINGS)
 @pytest.mark.parametrize("shape", MOE_SHAPES, ids=str)
 @pytest.mark.parametrize("n", TOKENS)
 def test_moe(isa: str, n: int, shape: tuple[int, int, int], routing: str) -> None:
-    x, t, ids, weights, experts, plain, exact = moe_case(n, shape, routing)
+    x, t, ids, weights, experts, plain, exact = moe_case(n, shape, routing, FAST)
 
     def run(rows: slice, threads: int = 1) -> Tensor:
         ops = make_ops(isa, threads, "fast")
@@ -222,7 +208,7 @@ def test_same_bits_however_it_is_fed(forced_isa: str) -> None:
         assert_same_bits(core_logits(other, tokens), whole)
         assert_same_bits(core_logits(other, tokens[:20], chunk=1), whole[:20])
 
-    first, second = _gptoss.Sequence(core), _gptoss.Sequence(core)
+    first, second = core.new_sequence(), core.new_sequence()
     other_tokens = random_tokens(40, config, seed=1)
     alone = core_logits(core, other_tokens)
     results = [feed(core, [(first, tokens[:100])])[0]]

@@ -17,7 +17,9 @@ PROMPTS = ["Hello", "x", [1, 2, 3], LONG, "naïve 🦙 text", [5], "a b c", [499
 
 
 def used_cache(model: Model) -> int:
-    return model.core.memory()["cache_used"]
+    """Pages that sequences hold."""
+    pages = model.core.cache_stats()
+    return pages["full_in_use"] + pages["window_in_use"]
 
 
 def text_of(model: Model, tokens: list[int]) -> str:

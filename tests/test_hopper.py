@@ -12,6 +12,17 @@ import reference
 import torch
 from errors import assert_same_rounding, median_error
 from gptoss import _gptoss
+from op_cases import (
+    MAX_SCALE,
+    ROUTINGS,
+    assert_bitwise,
+    assert_no_experts_for_padding,
+    every_code_and_scale,
+    moe_case,
+    normal,
+    run_moe,
+    seeded,
+)
 from reference import ENGINE, EXACT
 from small_models import (
     DEVICE,
@@ -22,16 +33,6 @@ from small_models import (
     random_tensors,
     random_tokens,
     small,
-)
-from test_mxfp4 import MAX_SCALE, every_code_and_scale
-from test_ops import (
-    ROUTINGS,
-    assert_bitwise,
-    assert_no_experts_for_padding,
-    moe_case,
-    normal,
-    run_moe,
-    seeded,
 )
 from torch import Tensor
 
@@ -164,7 +165,7 @@ def test_replayed_steps(tensors: dict[str, Tensor]) -> None:
         MODEL, tensors, invariant=False, max_context=128, max_sequences=72, max_batch_tokens=128
     )
     prompts = [random_tokens(length, MODEL, seed) for seed in range(kinds)]
-    sequences = [_gptoss.Sequence(core) for _ in range(n)]
+    sequences = [core.new_sequence() for _ in range(n)]
     steps = [
         feed(core, [(s, prompts[i % kinds][at : at + 1]) for i, s in enumerate(sequences)])
         for at in range(length)

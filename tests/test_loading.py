@@ -10,18 +10,6 @@ from gptoss import Model, _gptoss, checkpoint
 from gptoss.checkpoint import open_checkpoint
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    """A small checkpoint in one file, to be spoiled."""
-    return write_small(tmp_path / "model")
-
-
-@pytest.fixture
-def sharded(tmp_path: Path) -> Path:
-    """The same in three files with an index."""
-    return write_small(tmp_path / "sharded", shards=3)
-
-
 def core_for(path: Path) -> _gptoss.Core:
     return _gptoss.Core(open_checkpoint(path).config, "cpu")
 

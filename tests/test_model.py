@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import reference
 import torch
-from errors import mean_kl, median_error
+from errors import assert_same_bits, mean_kl, median_error
 from gptoss import Model, _gptoss
 from mutations import MUTATIONS, broken
 from reference import ENGINE, EXACT, SINGLE, Config
@@ -37,11 +37,6 @@ ROUNDING_SLACK = 1.25  # how much more than plain torch's own the engine's error
 def cache_bytes_per_token(config: Config) -> int:
     """Of one layer: a bfloat16 key and value of each key/value head."""
     return 2 * 2 * config.n_kv_heads * config.head_dim
-
-
-def assert_same_bits(actual: Tensor, expected: Tensor) -> None:
-    differing = (actual.view(torch.int32) != expected.view(torch.int32)).any(-1).nonzero()
-    assert actual.shape == expected.shape and not len(differing), f"rows {differing.flatten()}"
 
 
 # --- against transformers ------------------------------------------------------------------------
@@ -153,7 +148,7 @@ def test_wanted_rows_are_the_same_rows(config: Config) -> None:
     core = make_core(config, random_tensors(config))
     first, second, third = (random_tokens(40, config, seed) for seed in range(3))
     expected = [core_logits(core, tokens) for tokens in (first, second)]
-    sequences = [_gptoss.Sequence(core) for _ in range(3)]
+    sequences = [core.new_sequence() for _ in range(3)]
     logits = torch.empty(41, config.vocab_size)
     items = zip(sequences, (first, third, second), (1, 0, 2), strict=True)
     core.step([(sequence, tokens.tolist(), want, None) for sequence, tokens, want in items], logits)
@@ -169,7 +164,7 @@ def test_batch_composition_does_not_matter(forced_isa: str, config: Config, seed
     lengths = [1, 2, 127, 129, 300, 33, 140, 5]
     prompts = [random_tokens(n, config, 100 * seed + n) for n in lengths]
     alone = [core_logits(core, tokens) for tokens in prompts]
-    sequences = [_gptoss.Sequence(core) for _ in prompts]
+    sequences = [core.new_sequence() for _ in prompts]
     results: list[list[Tensor]] = [[] for _ in prompts]
     while unfinished := [i for i, s in enumerate(sequences) if s.length < lengths[i]]:
         chosen = chance.sample(unfinished, chance.randint(1, len(unfinished)))
@@ -203,7 +198,7 @@ def test_truncated_sequence_continues(config: Config) -> None:
     core = make_core(config, random_tensors(config))
     start, wrong, right = (random_tokens(n, config, n) for n in (200, 50, 250))
     expected = core_logits(core, torch.cat((start, right)))
-    sequence = _gptoss.Sequence(core)
+    sequence = core.new_sequence()
     feed(core, [(sequence, torch.cat((start, wrong)))])
     sequence.truncate(200)
     assert sequence.length == 200
@@ -219,12 +214,12 @@ def test_truncated_sequence_continues(config: Config) -> None:
 def test_refused_steps_change_nothing(config: Config) -> None:
     """Every bad step is a ValueError that says what is wrong, and leaves all sequences alone."""
     core = make_core(config, random_tensors(config), max_batch_tokens=64, max_context=100)
-    one, two, closed = (_gptoss.Sequence(core) for _ in range(3))
+    one, two, closed = (core.new_sequence() for _ in range(3))
     closed.close()
     tokens, vocab = random_tokens(90, config), config.vocab_size
     feed(core, [(one, tokens[:60])])
     logits = torch.empty(1, vocab)
-    stranger = _gptoss.Sequence(make_core(config, random_tensors(config)))
+    stranger = make_core(config, random_tensors(config)).new_sequence()
     sampler = _gptoss.Sampler(vocab)
     bad_steps = (
         ("empty", [], None),
@@ -307,7 +302,7 @@ def test_pages_of_a_poisoned_sequence(forced_isa: str, poison: float) -> None:
     tokens = random_tokens(150, config).clamp(min=1)
     clean = core_logits(core, tokens)
 
-    poisoned, other = _gptoss.Sequence(core), _gptoss.Sequence(core)
+    poisoned, other = core.new_sequence(), core.new_sequence()
     bad, good = feed(core, [(poisoned, torch.zeros(300, dtype=torch.int64)), (other, tokens)])
     assert bad.isnan().all()
     assert_same_bits(good, clean)
@@ -326,7 +321,7 @@ def test_cache_of_window_layers_is_bounded() -> None:
     """Three window layers keep what the window sees, one full layer keeps everything."""
     config = small(4, n_heads=2, n_kv_heads=1, layer_windows=(128, 128, 128, 0))
     core = make_core(config, random_tensors(config), max_batch_tokens=256)
-    sequence, per_token = _gptoss.Sequence(core), cache_bytes_per_token(config)
+    sequence, per_token = core.new_sequence(), cache_bytes_per_token(config)
     used = {}
     for tokens in random_tokens(4096, config).split(256):
         feed(core, [(sequence, tokens)])
@@ -345,7 +340,7 @@ def test_window_pages_suffice() -> None:
     chance = random.Random(1)
     config = small(1, hidden_size=32, n_heads=1, n_kv_heads=1, n_experts=4, intermediate_size=32)
     core = make_core(config, random_tensors(config), max_sequences=3, max_batch_tokens=300)
-    sequences = [_gptoss.Sequence(core) for _ in range(3)]
+    sequences = [core.new_sequence() for _ in range(3)]
     for _ in range(40):
         chosen = chance.sample(sequences, chance.randint(1, 3))
         cuts = sorted(chance.sample(range(1, 300), len(chosen) - 1))
@@ -355,7 +350,7 @@ def test_window_pages_suffice() -> None:
             if sequence.length > 2000:
                 sequence.truncate(0)
     with pytest.raises(RuntimeError, match="pages of 128 tokens of the window layers are in use"):
-        others = [_gptoss.Sequence(core) for _ in range(9)]
+        others = [core.new_sequence() for _ in range(9)]
         for sequence in others:
             core.step([(sequence, [1] * 129, 0, None)])
 
@@ -363,7 +358,7 @@ def test_window_pages_suffice() -> None:
 def test_cache_is_freed_with_the_sequence() -> None:
     config = CONFIGS["one_layer"]
     core = make_core(config, random_tensors(config))
-    sequence = _gptoss.Sequence(core)
+    sequence = core.new_sequence()
     feed(core, [(sequence, random_tokens(250, config))])
     held = core.memory()["cache_used"]
     sequence.truncate(100)

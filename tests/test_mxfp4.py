@@ -4,18 +4,10 @@ import pytest
 import reference
 import torch
 from errors import assert_same_rounding
+from op_cases import MAX_SCALE, every_code_and_scale
 from reference import ENGINE, EXACT
 from small_models import make_ops, random_mxfp4
 from torch import Tensor
-
-MAX_SCALE = 254  # 255 is NaN in the OCP specification and infinite as 2^(255 - 127) in float32
-
-
-def every_code_and_scale() -> tuple[Tensor, Tensor]:
-    """Row s has all 16 codes twice, at each nibble once, and scale s. [256, 1, 16], [256, 1]."""
-    codes = torch.arange(16, dtype=torch.uint8)
-    blocks = codes | codes.flip(0) << 4
-    return blocks.expand(256, 1, 16).contiguous(), torch.arange(256, dtype=torch.uint8)[:, None]
 
 
 def decode(isa: str, blocks: Tensor, scales: Tensor) -> Tensor:

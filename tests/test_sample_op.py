@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import pytest
 import torch
 from gptoss import _gptoss
+from sampling_cases import assert_drawn_from, mask_of, probabilities, sampler
 from small_models import CONFIGS, make_core, make_ops, random_tensors, random_tokens
-from test_sampling_core import assert_drawn_from, probabilities, sampler
 from torch import Tensor
 
 SLACK = 1e-6
@@ -92,6 +92,15 @@ def random_row(chance: random.Random, vocab: int) -> Tensor:
     return row + chance.choice((0.0, -20.0, 15.0))
 
 
+def random_allowed(chance: random.Random, row: Tensor) -> list[int]:
+    """Few, many or almost all tokens, one of them possible."""
+    possible = row.isfinite().nonzero().flatten().tolist()
+    share = chance.choice((0.01, 0.5, 0.99))
+    return sorted(
+        {chance.choice(possible)} | {i for i in range(len(row)) if chance.random() < share}
+    )
+
+
 @pytest.mark.parametrize("vocab", VOCABS)
 def test_draws_are_the_formulas(ops: _gptoss.Ops, vocab: int) -> None:
     """Rows of all kinds in one batch, with and without penalties over a prompt and an output."""
@@ -108,6 +117,9 @@ def test_draws_are_the_formulas(ops: _gptoss.Ops, vocab: int) -> None:
             for token in output:
                 samplers[-1].record(token)
             settings.append(options | {"prompt": prompt, "output": output})
+            if chance.random() < 0.4:
+                settings[-1]["allowed"] = random_allowed(chance, logits[row])
+                samplers[-1].allow(mask_of(settings[-1]["allowed"], vocab))
         positions = [chance.randrange(2**17) for _ in range(n)]
         for row, got in enumerate(sample(ops, logits, samplers, positions)):
             assert_drawn(got.token, logits[row], row, positions[row], settings[row])
@@ -297,6 +309,8 @@ def mixed_batch(vocab: int, n: int) -> tuple[Tensor, list]:
     for one in samplers:
         one.observe_prompt([chance.randrange(vocab) for _ in range(30)])
         one.record(chance.randrange(vocab))
+    for i in range(0, n, 3):
+        samplers[i].allow(mask_of(random_allowed(chance, rows[i]), vocab))
     return rows, samplers
 
 
@@ -341,7 +355,7 @@ def test_model_samples_as_its_logits_say() -> None:
     config = CONFIGS["one_layer"]
     core = make_core(config, random_tensors(config))
     vocab, settings = config.vocab_size, ({}, {"temperature": 0.0}, {"top_p": 0.7, "logprobs": 3})
-    sequences = [_gptoss.Sequence(core) for _ in settings]
+    sequences = [core.new_sequence() for _ in settings]
     samplers = [
         sampler(vocab, **({"seed": i, "presence_penalty": 0.7} | options))
         for i, options in enumerate(settings)
@@ -349,13 +363,20 @@ def test_model_samples_as_its_logits_say() -> None:
     tokens = [random_tokens(3 + i, config, i).tolist() for i in range(3)]
     outputs: list[list[int]] = [[], [], []]
     lengths = [0, 0, 0]
-    for _ in range(6):
+    for step in range(8):
+        # Masks come, change and go between steps that are replays of one another.
+        allowed = [
+            None if (step + i) % 3 == 0 else list(range((step + 5 * i) % 7, vocab, 7))
+            for i in range(3)
+        ]
+        for one, tokens_allowed in zip(samplers, allowed, strict=True):
+            one.allow(None if tokens_allowed is None else mask_of(tokens_allowed, vocab))
         logits = torch.empty(3, vocab)
         items = [(sequences[i], tokens[i], 1, samplers[i]) for i in range(3)]
-        for i, got in enumerate(core.step(items, logits)):
+        for i, (got,) in enumerate(core.step(items, logits)):
             lengths[i] += len(tokens[i])
             options = {k: v for k, v in settings[i].items() if k != "logprobs"}
-            options |= {"presence_penalty": 0.7, "output": list(outputs[i])}
+            options |= {"presence_penalty": 0.7, "output": list(outputs[i]), "allowed": allowed[i]}
             if options.get("temperature") == 0:
                 options |= {"temperature": 1.0, "top_k": 1}
             assert_drawn(got.token, logits[i], i, lengths[i], options)

@@ -4,77 +4,20 @@ import math
 import random
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 from gptoss import _gptoss
+from sampling_cases import VOCAB, assert_drawn_from, mask_of, probabilities, sampler
 from small_models import CONFIGS, make_core, random_tensors, random_tokens
 from torch import Tensor
 
-VOCAB = 60
 DRAWS = 20_000
-OFF = dict(
-    temperature=1.0,
-    top_k=0,
-    top_p=1.0,
-    min_p=0.0,
-    repetition_penalty=1.0,
-    presence_penalty=0.0,
-    frequency_penalty=0.0,
-    logit_bias={},
-    seed=0,
-    logprobs=-1,
-)
-
-
-def sampler(vocab: int = VOCAB, **options: object) -> _gptoss.Sampler:
-    return _gptoss.Sampler(vocab, **(OFF | options))
 
 
 def random_logits(seed: int = 0, vocab: int = VOCAB) -> Tensor:
     """float32 [vocab], some of them negative."""
     return 2 * torch.randn(vocab, generator=torch.Generator().manual_seed(seed))
-
-
-def probabilities(
-    logits: Tensor,
-    *,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-    repetition_penalty: float = 1.0,
-    presence_penalty: float = 0.0,
-    frequency_penalty: float = 0.0,
-    logit_bias: dict[int, float] | None = None,
-    prompt: Sequence[int] = (),
-    output: Sequence[int] = (),
-) -> Tensor:
-    """The formula: float64 [V], the probability of each token to be drawn."""
-    x = logits.double()
-    for token, bias in (logit_bias or {}).items():
-        x[token] += bias
-    for token in {*prompt, *output}:
-        x[token] *= repetition_penalty if x[token] < 0 else 1 / repetition_penalty
-    for token in set(output):
-        x[token] -= presence_penalty + frequency_penalty * output.count(token)
-    p = (x / temperature).softmax(-1)
-    order = p.argsort(descending=True, stable=True)
-    if top_k:
-        p[order[top_k:]] = 0
-        p /= p.sum()
-    before = p[order].cumsum(0) - p[order]
-    p[order[before >= top_p]] = 0
-    p[p < min_p * p.max()] = 0
-    return p / p.sum()
-
-
-def assert_drawn_from(p: Tensor, draws: list[int]) -> None:
-    """Each token came as often as 5 standard deviations allow, and never if it has no chance."""
-    counts = torch.bincount(torch.tensor(draws), minlength=len(p)).double()
-    assert counts[p == 0].sum() == 0
-    deviation = (len(draws) * p * (1 - p)).sqrt()
-    unlikely = (counts - len(draws) * p).abs() > 5 * deviation + 1
-    assert not unlikely.any(), unlikely.nonzero().flatten()
 
 
 FILTERS = (
@@ -217,6 +160,64 @@ def test_seeds_and_positions_are_independent() -> None:
             assert_drawn_from(uniform, [8 * a + b for a, b in pairs])
 
 
+MASKED = (
+    {},
+    {"temperature": 0.5, "top_k": 3},
+    {"top_k": 40},
+    {"top_p": 0.6},
+    {"min_p": 0.2},
+    {"logit_bias": {0: 9.0, 33: 3.0}, "top_p": 0.9},
+)
+
+
+@pytest.mark.parametrize("allowed", (range(0, VOCAB, 3), range(30, 35), [59]), ids=str)
+@pytest.mark.parametrize("options", MASKED, ids=str)
+def test_mask_leaves_the_formula_of_what_it_allows(options: dict, allowed: Sequence[int]) -> None:
+    logits, drawing = random_logits(), sampler(seed=2, **options)
+    drawing.allow(mask_of(allowed))
+    draws = [drawing.sample(logits, position).token for position in range(DRAWS // 4)]
+    assert_drawn_from(probabilities(logits, allowed=allowed, **options), draws)
+
+
+def test_mask_comes_before_penalties_and_leaves_logprobs() -> None:
+    """The best of what is allowed, after its penalty; log probabilities are the model's."""
+    logits = random_logits()
+    logits[[4, 9, 20]] = torch.tensor([30.0, 20.0, 19.5])
+    greedy = sampler(temperature=0.0, presence_penalty=1.0, logprobs=2)
+    greedy.record(9)
+    log_probabilities = logits.double().log_softmax(-1)
+    for mask, token in ((None, 4), (mask_of([9, 20, 33]), 20), (mask_of([33]), 33), (None, 4)):
+        greedy.allow(mask)
+        got = greedy.sample(logits, 0)
+        assert got.token == token
+        assert got.logprob == pytest.approx(log_probabilities[token].item(), abs=1e-6)
+        assert [id for id, _ in got.top] == [4, 9]
+
+
+def test_bad_masks_are_refused() -> None:
+    """And the one before stays. Bits past the vocabulary allow nothing."""
+    one, logits = sampler(temperature=0.0), random_logits()
+    one.allow(mask_of([17]))
+    outside = np.zeros(2, np.uint32)
+    outside[1] = 0xF0000000
+    for mask, message in (
+        (mask_of([]), "allows none"),
+        (outside, "allows none"),
+        (np.ones(1, np.uint32), "of 2 words"),
+        (np.ones(3, np.uint32), "of 2 words"),
+        (np.ones(2, np.int64), "uint32"),
+        (np.ones((2, 1), np.uint32), "one-dimensional"),
+        (np.ones(4, np.uint32)[::2], "contiguous"),
+        ([1, 1], "uint32"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            one.allow(mask)
+        assert one.sample(logits, 0).token == 17
+    logits[17] = -torch.inf
+    with pytest.raises(RuntimeError, match="nothing can be sampled"):
+        one.sample(logits, 0)
+
+
 def test_sequence_repeats_whatever_it_is_batched_with() -> None:
     config = CONFIGS["one_layer"]
     core = make_core(config, random_tensors(config))
@@ -225,11 +226,11 @@ def test_sequence_repeats_whatever_it_is_batched_with() -> None:
     def generate(chosen: Sequence[int]) -> dict[int, list[int]]:
         """30 tokens for each of the chosen prompts, all in the same steps."""
         drawing = {i: sampler(config.vocab_size, seed=i, presence_penalty=0.5) for i in chosen}
-        sequences = {i: _gptoss.Sequence(core) for i in chosen}
+        sequences = {i: core.new_sequence() for i in chosen}
         pending, tokens = {i: prompts[i] for i in chosen}, {i: [] for i in chosen}
         for _ in range(30):
             samples = core.step([(sequences[i], pending[i], 1, drawing[i]) for i in chosen])
-            for i, sample in zip(chosen, samples, strict=True):
+            for i, (sample,) in zip(chosen, samples, strict=True):
                 tokens[i].append(sample.token)
                 pending[i] = [sample.token]
         return tokens

@@ -261,3 +261,21 @@ def test_progress_ends_at_the_total(tmp_path: Path) -> None:
     total = sum(tensor.nbytes for tensor in tensors_of(path).values())
     assert calls[-1] == (total, total)
     assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+
+
+def test_a_tokenizer_of_ones_own(tmp_path: Path, tiny_path: Path) -> None:
+    """Copied as it is; vocabulary and stop tokens follow it."""
+    file = tiny_path / "tokenizer.json"
+    path = synthesize(tmp_path / "model", tokenizer=file, preset="tiny", progress=False)
+    assert (path / "tokenizer.json").read_bytes() == file.read_bytes()
+    assert json.loads((path / "config.json").read_text())["vocab_size"] == 512
+    expected = json.loads((tiny_path / "generation_config.json").read_text())
+    assert json.loads((path / "generation_config.json").read_text()) == expected
+    larger = synthesize(tmp_path / "larger", tokenizer=file, vocab_size=600, progress=False)
+    assert json.loads((larger / "config.json").read_text())["vocab_size"] == 600
+    assert json.loads((larger / "generation_config.json").read_text()) == expected
+    with pytest.raises(ValueError, match=r"vocab_size is 511, expected at least 512: .* token ids"):
+        synthesize(tmp_path / "smaller", tokenizer=file, vocab_size=511, progress=False)
+    with pytest.raises(FileNotFoundError, match="no such tokenizer file"):
+        synthesize(tmp_path / "none", tokenizer=tmp_path / "none.json", progress=False)
+    assert sorted(item.name for item in tmp_path.iterdir()) == ["larger", "model"]

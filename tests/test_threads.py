@@ -6,7 +6,9 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -27,7 +29,7 @@ def test_threads_share_a_model(tiny: Model) -> None:
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(work, range(4)))
-    assert tiny.core.memory()["cache_used"] == 0
+    assert tiny.core.cache_stats()["full_in_use"] == 0
 
 
 def test_a_stream_keeps_its_pace_beside_another_thread(tiny: Model) -> None:
@@ -47,7 +49,7 @@ def test_a_stream_keeps_its_pace_beside_another_thread(tiny: Model) -> None:
     finally:
         stop.set()
         thread.join()
-    assert tiny.core.memory()["cache_used"] == 0
+    assert tiny.core.cache_stats()["full_in_use"] == 0
 
 
 @pytest.mark.parametrize(
@@ -67,7 +69,7 @@ def test_ctrl_c(tiny: Model, prompts: list) -> None:
     with pytest.raises(KeyboardInterrupt):
         tiny.generate(prompts, ENDLESS)
     assert time.perf_counter() - sent < 0.5
-    assert tiny.core.memory()["cache_used"] == 0
+    assert tiny.core.cache_stats()["full_in_use"] == 0
     assert len(tiny.generate("again", PARAMS).tokens) == 30
 
 
@@ -105,6 +107,57 @@ def test_a_forked_child_is_told(tiny_path: Path) -> None:
     assert all("fork" in line for line in said[:3]), said
     stream.close()
     assert model.generate("Hello", PARAMS).tokens == expected  # the parent goes on
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_can_close(tiny_path: Path) -> None:
+    """Also where another thread was in the engine at that moment."""
+    model = Model.load(tiny_path, "cpu", threads=1, progress=False)
+    inside, leave = threading.Event(), threading.Event()
+
+    def work() -> None:
+        with model.engine._lock:
+            inside.set()
+            leave.wait()
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    inside.wait()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # ends it, where it hangs
+        try:
+            model.engine.stats()
+        except RuntimeError as error:
+            model.close()
+            os._exit("fork" not in str(error))
+        os._exit(2)
+    _, status = os.waitpid(child, 0)
+    leave.set()
+    thread.join()
+    assert status == 0
+    assert len(model.generate("again", PARAMS).tokens) == 30
+
+
+def test_a_sequence_closed_while_others_wait_for_it(tiny: Model) -> None:
+    """Several threads call the same sequence behind a step that keeps them waiting: those that come
+    after its end get an error."""
+
+    def call(function: Callable[[], object]) -> None:
+        with suppress(ValueError):
+            function()
+
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(5):
+            step = pool.submit(tiny.forward, [1] * 512)
+            sequence = tiny.core.new_sequence()
+            calls = [sequence.close, lambda s=sequence: s.truncate(0)] * 3
+            list(pool.map(call, calls))
+            step.result()
+            with pytest.raises(ValueError, match="the sequence is closed"):
+                sequence.truncate(0)
+    assert tiny.core.cache_stats()["full_in_use"] == 0
 
 
 @pytest.mark.parametrize("pin", ["", "0", "1"])

@@ -65,15 +65,30 @@ std::vector<int32_t> token_list(py::handle tokens) {
   return ids;
 }
 
-py::list step(Model& model, const py::list& items, const py::object& logits) {
+void allow(Sampler& sampler, const py::object& mask) {
+  if (mask.is_none()) return sampler.allow(nullptr);
+  const int64_t words = Sampler::mask_words(sampler.vocab_size());
+  CHECK(py::isinstance<py::buffer>(mask), "mask must be None or an array of uint32");
+  const py::buffer_info info = py::reinterpret_borrow<py::buffer>(mask).request();
+  CHECK(info.ndim == 1 && info.item_type_is_equivalent_to<uint32_t>() && info.strides[0] == 4 && info.size == words,
+        "mask must be a contiguous one-dimensional uint32 array of ", words, " words, one bit for each token");
+  sampler.allow(static_cast<const uint32_t*>(info.ptr));
+}
+
+std::vector<std::vector<Sample>> step(Model& model, const py::list& items, const py::object& logits) {
   std::vector<StepItem> steps;
   int64_t n_wanted = 0;
   for (py::handle entry : items) {
-    const auto [sequence, tokens, want, sampler] = py::cast<std::tuple<PySequence*, py::object, int, Sampler*>>(entry);
+    CHECK(py::isinstance<py::tuple>(entry) && (py::len(entry) == 4 || py::len(entry) == 5),
+          "an item must be a tuple (sequence, tokens, want, sampler) or (sequence, tokens, want, sampler, n_drafts)");
+    const auto fields = py::reinterpret_borrow<py::tuple>(entry);
+    const auto [sequence, tokens, want, sampler] =
+        py::cast<std::tuple<PySequence*, py::object, int, Sampler*>>(fields[py::slice(0, 4, 1)]);
     CHECK(want >= 0 && want <= 2, "want must be 0, 1 or 2, not ", want);
     CHECK(sequence, "a sequence must not be None");
-    steps.push_back({&sequence->get(), token_list(tokens), static_cast<Want>(want), sampler});
-    n_wanted += want == 2 ? static_cast<int64_t>(steps.back().tokens.size()) : want;
+    steps.push_back({&sequence->get(), token_list(tokens), static_cast<Want>(want), sampler,
+                     fields.size() > 4 ? py::cast<int64_t>(fields[4]) : 0});
+    n_wanted += steps.back().n_logits();
   }
   std::optional<BorrowedTensor> out;
   float* rows = nullptr;
@@ -81,15 +96,9 @@ py::list step(Model& model, const py::list& items, const py::object& logits) {
     out.emplace(logits, "logits");
     rows = out->data<float>(DType::F32, {n_wanted, model.config().vocab_size});
   }
-  std::vector<std::optional<Sample>> samples;
-  {
-    py::gil_scoped_release release;
-    SignalPoll poll;
-    samples = model.step(steps, rows, std::ref(poll));
-  }
-  py::list result;
-  for (std::optional<Sample>& sample : samples) result.append(sample ? py::cast(std::move(*sample)) : py::none());
-  return result;
+  py::gil_scoped_release release;
+  SignalPoll poll;
+  return model.step(steps, rows, std::ref(poll));
 }
 
 void bind_config(py::module_& m) {
@@ -155,7 +164,21 @@ void bind_config(py::module_& m) {
       "config"_a, "layout"_a, "Every tensor that a checkpoint of this shape and layout must have.");
 }
 
+void register_cannot_sample(py::module_& m) {
+  static const py::exception<CannotSample> type(m, "CannotSample", PyExc_RuntimeError);
+  py::register_exception_translator([](std::exception_ptr thrown) {
+    try {
+      if (thrown) std::rethrow_exception(thrown);
+    } catch (const CannotSample& error) {
+      const py::object value = py::handle(type)(error.what());
+      value.attr("item") = error.item;
+      PyErr_SetObject(type.ptr(), value.ptr());
+    }
+  });
+}
+
 void bind_sampling(py::module_& m) {
+  register_cannot_sample(m);
   py::class_<Sample>(m, "Sample")
       .def_readonly("token", &Sample::token)
       .def_readonly("logprob", &Sample::logprob)
@@ -176,6 +199,7 @@ void bind_sampling(py::module_& m) {
              sampler.observe_prompt(ids.data(), static_cast<int64_t>(ids.size()));
            })
       .def("record", &Sampler::record, "token"_a)
+      .def("allow", &allow, "mask"_a)
       .def(
           "sample",
           [](const Sampler& sampler, py::object logits, int64_t position) {
@@ -198,17 +222,26 @@ void bind_sampling(py::module_& m) {
 }
 
 void bind_core(py::module_& m) {
+  py::register_exception<CacheFull>(m, "CacheFull", PyExc_RuntimeError);
   py::class_<PySequence>(m, "Sequence")
-      .def(py::init([](std::shared_ptr<Model> core) { return std::make_unique<PySequence>(std::move(core)); }), "core"_a)
       .def_property_readonly("length", [](PySequence& s) { return s.get().length(); })
       .def(
           "truncate", [](PySequence& s, int64_t length) { s.get().truncate(length); }, "length"_a,
           py::call_guard<py::gil_scoped_release>())
+      .def(
+          "reuse",
+          [](PySequence& s, const py::object& tokens) {
+            const std::vector<int32_t> ids = token_list(tokens);
+            py::gil_scoped_release release;
+            return s.get().reuse(ids);
+          },
+          "tokens"_a)
       .def("close", [](PySequence& s) { s.get().close(); }, py::call_guard<py::gil_scoped_release>());
 
   py::class_<Model, std::shared_ptr<Model>>(m, "Core")
       .def(py::init([](const ModelConfig& config, const std::string& device, int threads, int64_t max_context,
-                       int64_t max_batch_tokens, int64_t max_sequences, bool invariant, const std::string& precision) {
+                       int64_t max_batch_tokens, int64_t max_sequences, bool invariant, const std::string& precision,
+                       bool prefix_cache) {
              CHECK(threads >= 0, "threads must be 0 (as many as may be used) or more, not ", threads);
              CHECK(max_context >= 0, "max_context must be positive, not ", max_context);
              ModelOptions options;
@@ -217,11 +250,12 @@ void bind_core(py::module_& m) {
              options.backend.precision = precision_of(precision);
              options.max_context = max_context;
              options.max_sequences = max_sequences;
+             options.prefix_cache = prefix_cache;
              py::gil_scoped_release release;
              return std::make_shared<Model>(config, options);
            }),
            "config"_a, "device"_a = "cpu", "threads"_a = 0, "max_context"_a = 0, "max_batch_tokens"_a = 512,
-           "max_sequences"_a = 0, "invariant"_a = false, "precision"_a = "exact")
+           "max_sequences"_a = 0, "invariant"_a = false, "precision"_a = "exact", "prefix_cache"_a = false)
       .def(
           "load_tensor",
           [](Model& model, const std::string& name, py::object tensor) {
@@ -231,13 +265,27 @@ void bind_core(py::module_& m) {
           },
           "name"_a, "tensor"_a)
       .def("finish_loading", &Model::finish_loading, py::call_guard<py::gil_scoped_release>())
+      .def("new_sequence", [](std::shared_ptr<Model> model) { return std::make_unique<PySequence>(std::move(model)); })
       .def("step", &step, "items"_a, "logits"_a = py::none())
       .def("memory",
            [](const Model& model) {
              return std::map<std::string, int64_t>{{"weights", model.weight_bytes()},
-                                                   {"cache_used", model.cache_bytes()},
+                                                   {"cache_used", model.cache().bytes_in_use()},
                                                    {"workspace", model.workspace_bytes()}};
            })
+      .def("free_pages", [](const Model& model) { return model.cache().free_pages(); })
+      .def("cache_stats",
+           [](const Model& model) {
+             const CacheStats stats = model.cache().stats();
+             return std::map<std::string, int64_t>{{"full_in_use", stats.full_in_use},
+                                                   {"window_in_use", stats.window_in_use},
+                                                   {"cached_pages", stats.cached_pages},
+                                                   {"prefix_tokens_asked", stats.prefix_tokens_asked},
+                                                   {"prefix_tokens_reused", stats.prefix_tokens_reused}};
+           })
+      .def_property_readonly("page_tokens", [](const Model&) { return kPageTokens; })
+      .def_property_readonly("full_pages", [](const Model& model) { return model.cache().full_pages(); })
+      .def_property_readonly("window_pages", [](const Model& model) { return model.cache().window_pages(); })
       .def_property_readonly("config", &Model::config)
       .def_property_readonly("device", [](const Model& model) { return model.backend().device(); })
       .def_property_readonly("isa", [](const Model& model) { return model.backend().isa(); })

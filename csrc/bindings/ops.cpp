@@ -185,7 +185,9 @@ class Ops {
     Buffer in = put(logits_, {n, V});
     backend_->ask_samples(rows);
     backend_->draw_samples(in.mat<float>(n, V));
-    std::vector<Sample> samples = backend_->take_samples(in.mat<const float>(n, V));
+    std::vector<Sample> samples;
+    for (std::optional<Sample>& sample : backend_->take_samples(in.mat<const float>(n, V)))
+      samples.push_back(std::move(sample.value()));
     give(host, in, n * V);
     return samples;
   }

@@ -160,6 +160,7 @@ void CudaBackend::for_each_buffer(const ModelConfig& config, const Limits& limit
   const int64_t logit_rows = limits.logit_rows();
   take(sample_params_, 16 + logit_rows * static_cast<int64_t>(sizeof(SampleParams)));
   take(sample_adjustments_, kMostAdjustments * static_cast<int64_t>(sizeof(StagedAdjustment)));
+  take(sample_masks_, logit_rows * Sampler::mask_words(config.vocab_size) * 4);
   take(sample_results_, logit_rows * static_cast<int64_t>(sizeof(SampleResult)));
   take(sample_work_, sample_workspace_bytes(logit_rows, config.vocab_size));
   take(attention_space_, attention_workspace_bytes(n, config.n_heads, config.n_kv_heads, limits.context));
@@ -181,6 +182,7 @@ void CudaBackend::reserve(const ModelConfig& config, const Limits& limits) {
   pinned_ = pinned_memory(integers_.bytes());
   sample_params_pinned_ = pinned_memory(sample_params_.bytes());
   sample_adjustments_pinned_ = pinned_memory(sample_adjustments_.bytes());
+  sample_masks_pinned_ = pinned_memory(sample_masks_.bytes());
   sample_results_pinned_ = pinned_memory(sample_results_.bytes());
   // Columns past the end stay 0; rows that pad a batch are multiplied though nobody wants them.
   for (const Buffer* buffer : {&hidden_, &rounded_, &sample_results_, &counters_, &attention_space_})

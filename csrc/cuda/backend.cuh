@@ -64,7 +64,8 @@ class CudaBackend final : public Backend {
   void moe_add(Mat<float> x, Mat<const float> t, const Routing& top, const ExpertWeights& experts) override;
   void ask_samples(const std::vector<SampleRequest>& requests) override;
   void draw_samples(Mat<float> logits) override;
-  std::vector<Sample> take_samples(Mat<const float> logits) override;
+  std::vector<std::optional<Sample>> take_samples(Mat<const float> logits) override;
+  Sample take_sample(size_t i, Mat<const float> logits) override;
   void norm_qkv(Mat<float> q, const KvLayer& cache, Mat<const float> x, const Norm& norm, const Weight& weight,
                 const float* bias, const RopeTable& rope, int64_t kv_heads, Mat<float> t, Mat<float> qkv) override;
   void norm_route(Routing top, Mat<float> t, Mat<const float> x, const Norm& norm, const Weight& weight,
@@ -103,6 +104,7 @@ class CudaBackend final : public Backend {
   void product(Mat<float> out, Mat<const float> t, const Weight& weight, const float* bias, Epilogue epilogue);
   int64_t pages_seen(int64_t window) const;
   void stage_batch(const Batch& batch, int64_t rows);
+  void stage_masks(const std::vector<const uint32_t*>& masks, int64_t bytes);
   // Calls take(buffer, bytes) for all work space.
   template <class Take>
   void for_each_buffer(const ModelConfig& config, const Limits& limits, const Take& take);
@@ -139,9 +141,9 @@ class CudaBackend final : public Backend {
   Buffer hidden_;                        // [n k, I] bfloat16
   Buffer outputs_;                       // [n k, H]
   Buffer counters_;                      // of blocks that have finished, all 0 between kernels
-  // Sampling: number of rows and parameters; adjustments; results; work space.
-  Buffer sample_params_, sample_adjustments_, sample_results_, sample_work_;
-  Buffer sample_params_pinned_, sample_adjustments_pinned_, sample_results_pinned_;
+  // Sampling: number of rows and parameters; adjustments; masks; results; work space.
+  Buffer sample_params_, sample_adjustments_, sample_masks_, sample_results_, sample_work_;
+  Buffer sample_params_pinned_, sample_adjustments_pinned_, sample_masks_pinned_, sample_results_pinned_;
   int64_t max_logit_rows_ = 1;
   bool samples_on_host_ = false;  // more adjustments than there is room for
   GraphCache graphs_;

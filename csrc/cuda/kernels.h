@@ -216,6 +216,7 @@ struct SampleParams {
   double uniform = 0;  // the random number
   Penalties penalties;
   int32_t first_adjustment = 0, n_adjustments = 0;  // in the list of all rows', by token
+  int32_t mask = -1;                                // which of the masks; -1: none
 };
 
 struct StagedAdjustment {
@@ -233,15 +234,17 @@ struct SampleResult {
   float top_logits[kTopLogprobs];
 };
 
-// Before the launch: the parameters of a row, and its adjustments added to the list of all rows'.
-SampleParams stage_sample(std::vector<StagedAdjustment>& adjustments, const Sampler& sampler, int64_t row, int64_t position);
+// Before the launch: the parameters of a row, and its adjustments and its mask, if it has one, added to those of all rows.
+SampleParams stage_sample(std::vector<StagedAdjustment>& adjustments, std::vector<const uint32_t*>& masks,
+                          const Sampler& sampler, int64_t row, int64_t position);
 // After it, on the host; throws what Sampler::sample does.
 Sample finish_sample(const SampleResult& result, const Sampler& sampler);
 
 int64_t sample_workspace_bytes(int64_t n, int64_t vocab);
 // One result for each of n rows, or of the first *n_rows where that is not null; the launches depend on n and vocab alone. The
 // logits are changed and put back.               results, params: [n]   logits: [rows, vocab]   n_rows: [1], on the device
-void sample(SampleResult* results, float* logits, const SampleParams* params, StagedAdjustment* adjustments, void* workspace,
-            const int32_t* n_rows, int64_t n, int64_t vocab, cudaStream_t stream);
+//                                                masks: [any, ceil(vocab / 32)], as Sampler::mask
+void sample(SampleResult* results, float* logits, const SampleParams* params, StagedAdjustment* adjustments,
+            const uint32_t* masks, void* workspace, const int32_t* n_rows, int64_t n, int64_t vocab, cudaStream_t stream);
 
 }  // namespace gptoss::cuda

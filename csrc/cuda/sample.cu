@@ -1,6 +1,7 @@
 // One token from each row of logits, by the rules of sampling.h, in two launches:
 //   summarize   a warp takes 256 neighbouring ids, a "group": adjusts the logits that a bias or a penalty changes (in
-//               place, the original kept beside the adjustment), and leaves the largest logit and the sum of exponentials
+//               place, the original kept beside the adjustment), and leaves the largest logit and the sum of exponentials.
+//               Here and below a logit that the row's mask forbids is read as minus infinity
 //   choose      one block a row: the largest of all; where one is to be drawn, the filters and the draw; the originals put
 //               back; log-probabilities. It reads only groups that can hold something it looks for
 //
@@ -59,6 +60,14 @@ __device__ Groups groups_of(void* workspace, int64_t row, int vocab) {
   return g;
 }
 
+__device__ const uint32_t* mask_of(const uint32_t* masks, const SampleParams& p, int vocab) {
+  return p.mask < 0 ? nullptr : masks + p.mask * ceil_div(vocab, 32);
+}
+
+__device__ __forceinline__ float masked(const uint32_t* mask, int id, float logit) {
+  return !mask || (mask[id / 32] >> id % 32 & 1) ? logit : -HUGE_VALF;
+}
+
 // ---------------------------------------------------------------------------------------------------------- summarize
 
 // The group's largest logit, and the sum of exp((logit - best) * scale) if it is wanted. All lanes get both.
@@ -76,7 +85,7 @@ __device__ __forceinline__ void summarize_group(float& best, float& sum, const f
 // A warp a group. Bytes: 4 a logit.
 __global__ void __launch_bounds__(kSummaryThreads)
     summarize_kernel(void* workspace, float* logits, const SampleParams* params, StagedAdjustment* adjustments,
-                     const int32_t* n_rows, int vocab) {
+                     const uint32_t* masks, const int32_t* n_rows, int vocab) {
   let_next_start();
   wait_for_previous();
   const int64_t row = blockIdx.y;
@@ -88,13 +97,13 @@ __global__ void __launch_bounds__(kSummaryThreads)
   float* x = logits + p.row * vocab;
   const int first = group * kGroup;
   float values[kPerLane];
-  const auto read = [&] {
+  const auto read = [&](const uint32_t* mask) {
     for (int j = 0; j < kPerLane; ++j) {
       const int id = first + j * kWarp + lane;
-      values[j] = id < vocab ? x[id] : -HUGE_VALF;
+      values[j] = id < vocab ? masked(mask, id, x[id]) : -HUGE_VALF;
     }
   };
-  read();
+  read(nullptr);
   int nans = 0;
   for (int j = 0; j < kPerLane; ++j) nans += __popc(__ballot_sync(kAllLanes, values[j] != values[j]));
   float best, sum;
@@ -120,8 +129,8 @@ __global__ void __launch_bounds__(kSummaryThreads)
       logit = adjusted(logit, list[i].by, p.penalties);
     }
     __syncwarp();
-    if (begin < end) read();
   }
+  if (p.n_adjustments > 0 || p.mask >= 0) read(mask_of(masks, p, vocab));
   summarize_group(best, sum, values, p.scale, !p.greedy);
   int id = first;
   for (int j = kPerLane - 1; j >= 0; --j)
@@ -148,7 +157,9 @@ struct Row {
   int vocab, n_groups;
   int n_chosen;
   float top, scale;
+  const uint32_t* mask;  // [ceil(vocab / 32)] or null
 
+  __device__ __forceinline__ float logit(int id) const { return masked(mask, id, logits[id]); }
   __device__ __forceinline__ Mass mass(float logit) const { return static_cast<Mass>(expf((logit - top) * scale) * kCertain); }
 };
 
@@ -183,7 +194,7 @@ template <class Visit>
 __device__ __forceinline__ void each_element(const Row& row, int chosen, const Visit& visit) {
   const int first = row.groups.chosen[chosen] * kGroup + static_cast<int>(threadIdx.x) % kWarp;
   float values[kPerLane];
-  for (int j = 0; j < kPerLane; ++j) values[j] = first + j * kWarp < row.vocab ? row.logits[first + j * kWarp] : -HUGE_VALF;
+  for (int j = 0; j < kPerLane; ++j) values[j] = first + j * kWarp < row.vocab ? row.logit(first + j * kWarp) : -HUGE_VALF;
   for (int j = 0; j < kPerLane; ++j)
     if (first + j * kWarp < row.vocab) visit(first + j * kWarp, values[j]);
 }
@@ -210,7 +221,7 @@ __device__ int pick(const Row& row, Mass target, Shared& shared, const Weight& w
   const int i = find(target, row.n_chosen, shared, [&](int place) { return row.groups.mass[place]; });
   const int group = row.groups.chosen[i], first = group * kGroup;
   const int n = row.vocab - first < kGroup ? row.vocab - first : kGroup;
-  const int found = find(target, n, shared, [&](int place) { return weight(first + place, row.logits[first + place]); });
+  const int found = find(target, n, shared, [&](int place) { return weight(first + place, row.logit(first + place)); });
   return found < 0 ? row.groups.id[group] : first + found;
 }
 
@@ -335,7 +346,7 @@ __device__ void add_logprobs(SampleResult& result, Row& row, int n_top, Shared& 
 // A block a row. Bytes: 16 a group; and of the rows that draw, groups that may be drawn from, some times each.
 __global__ void __launch_bounds__(kThreads)
     choose_kernel(SampleResult* results, void* workspace, float* logits, const SampleParams* params,
-                  const StagedAdjustment* adjustments, const int32_t* n_rows, int vocab) {
+                  const StagedAdjustment* adjustments, const uint32_t* masks, const int32_t* n_rows, int vocab) {
   let_next_start();
   wait_for_previous();
   if (n_rows && static_cast<int>(blockIdx.x) >= *n_rows) return;
@@ -343,7 +354,10 @@ __global__ void __launch_bounds__(kThreads)
   const SampleParams& p = params[blockIdx.x];
   SampleResult& result = results[blockIdx.x];
   float* x = logits + p.row * vocab;
-  Row row{x, groups_of(workspace, blockIdx.x, vocab), vocab, static_cast<int>(n_groups(vocab)), 0, 0, p.scale};
+  Row row{x,       groups_of(workspace, blockIdx.x, vocab),
+          vocab,   static_cast<int>(n_groups(vocab)),
+          0,       0,
+          p.scale, mask_of(masks, p, vocab)};
 
   Mass nans = 0, best = 0;  // best: key, then the complement of the id
   for (int i = static_cast<int>(threadIdx.x); i < row.n_groups; i += kThreads) {
@@ -371,6 +385,7 @@ __global__ void __launch_bounds__(kThreads)
     result.top = row.top;
     if (possible) result.logit = x[token];
   }
+  row.mask = nullptr;
   if (possible && p.logprobs >= 0) add_logprobs(result, row, p.logprobs, shared);
 }
 
@@ -378,7 +393,8 @@ __global__ void __launch_bounds__(kThreads)
 
 // --------------------------------------------------------------------------------------------------------------- host
 
-SampleParams stage_sample(std::vector<StagedAdjustment>& adjustments, const Sampler& sampler, int64_t row, int64_t position) {
+SampleParams stage_sample(std::vector<StagedAdjustment>& adjustments, std::vector<const uint32_t*>& masks,
+                          const Sampler& sampler, int64_t row, int64_t position) {
   const SamplingOptions& o = sampler.options();
   SampleParams p;
   p.row = row;
@@ -394,6 +410,9 @@ SampleParams stage_sample(std::vector<StagedAdjustment>& adjustments, const Samp
   p.first_adjustment = static_cast<int32_t>(adjustments.size());
   p.n_adjustments = static_cast<int32_t>(sampler.adjustments().size());
   for (const TokenAdjustment& by : sampler.adjustments()) adjustments.push_back({by, 0});
+  if (sampler.mask().empty()) return p;
+  p.mask = static_cast<int32_t>(masks.size());
+  masks.push_back(sampler.mask().data());
   return p;
 }
 
@@ -410,15 +429,15 @@ Sample finish_sample(const SampleResult& result, const Sampler& sampler) {
 
 int64_t sample_workspace_bytes(int64_t n, int64_t vocab) { return n * row_bytes(vocab); }
 
-void sample(SampleResult* results, float* logits, const SampleParams* params, StagedAdjustment* adjustments, void* workspace,
-            const int32_t* n_rows, int64_t n, int64_t vocab, cudaStream_t stream) {
+void sample(SampleResult* results, float* logits, const SampleParams* params, StagedAdjustment* adjustments,
+            const uint32_t* masks, void* workspace, const int32_t* n_rows, int64_t n, int64_t vocab, cudaStream_t stream) {
   CHECK(vocab <= kMaxVocab, "sampling on the card takes a vocabulary of at most ", kMaxVocab, ", not ", vocab);
   CHECK(n < 65536, "sampling on the card takes at most 65535 rows at a time, not ", n);
   const unsigned blocks = static_cast<unsigned>(ceil_div(n_groups(vocab), kSummaryThreads / kWarp));
   launch({dim3(blocks, static_cast<unsigned>(n)), dim3(kSummaryThreads), 0, stream}, summarize_kernel, workspace, logits,
-         params, adjustments, n_rows, static_cast<int>(vocab));
+         params, adjustments, masks, n_rows, static_cast<int>(vocab));
   launch({dim3(static_cast<unsigned>(n)), dim3(kThreads), sizeof(Shared), stream}, choose_kernel, results, workspace, logits,
-         params, static_cast<const StagedAdjustment*>(adjustments), n_rows, static_cast<int>(vocab));
+         params, static_cast<const StagedAdjustment*>(adjustments), masks, n_rows, static_cast<int>(vocab));
 }
 
 }  // namespace gptoss::cuda

@@ -125,19 +125,21 @@ void CudaBackend::run(const Batch& batch, StepEnd end, const std::function<void(
 
 // ------------------------------------------------------------------------------------------------------------ samples
 
-// Staged: how many rows, their parameters, and at a fixed place the adjustments of all. Launches depend on the rows of the
-// logits alone.
+// Staged: how many rows, their parameters, and at fixed places the adjustments and masks of all. Launches depend on the rows of
+// the logits alone.
 void CudaBackend::ask_samples(const std::vector<SampleRequest>& requests) {
   use();
   asked_ = requests;
   std::vector<SampleParams> params;
   std::vector<StagedAdjustment> adjustments;
+  std::vector<const uint32_t*> masks;
   for (const SampleRequest& request : requests)
-    params.push_back(stage_sample(adjustments, *request.sampler, request.row, request.position));
+    params.push_back(stage_sample(adjustments, masks, *request.sampler, request.row, request.position));
   samples_on_host_ = std::ssize(adjustments) > kMostAdjustments;
   if (samples_on_host_) {
     params.clear();
     adjustments.clear();
+    masks.clear();
   }
   const int64_t rows = std::max<int64_t>(std::ssize(params), max_logit_rows_);
   ensure(sample_params_, 16 + rows * static_cast<int64_t>(sizeof(SampleParams)));
@@ -155,7 +157,17 @@ void CudaBackend::ask_samples(const std::vector<SampleRequest>& requests) {
   if (!adjustments.empty())
     send(sample_adjustments_pinned_, sample_adjustments_, head, 0, adjustments.data(),
          adjustments.size() * sizeof(StagedAdjustment));
+  if (!masks.empty()) stage_masks(masks, Sampler::mask_words(requests[0].sampler->vocab_size()) * 4);
   samples_copied_->record(*stream_);
+}
+
+// masks: each of so many bytes. What is pinned for them is not being copied.
+void CudaBackend::stage_masks(const std::vector<const uint32_t*>& masks, int64_t bytes) {
+  ensure(sample_masks_, std::max<int64_t>(std::ssize(masks), max_logit_rows_) * bytes);
+  if (sample_masks_pinned_.bytes() < sample_masks_.bytes()) sample_masks_pinned_ = pinned_memory(sample_masks_.bytes());
+  for (size_t i = 0; i < masks.size(); ++i) std::memcpy(sample_masks_pinned_.as<uint8_t>() + i * bytes, masks[i], bytes);
+  CUDA_CHECK(cudaMemcpyAsync(sample_masks_.data(), sample_masks_pinned_.data(), masks.size() * bytes, cudaMemcpyHostToDevice,
+                             *stream_));
 }
 
 void CudaBackend::draw_samples(Mat<float> logits) {
@@ -166,27 +178,21 @@ void CudaBackend::draw_samples(Mat<float> logits) {
   if (sample_results_pinned_.bytes() < sample_results_.bytes()) sample_results_pinned_ = pinned_memory(sample_results_.bytes());
   const uint8_t* staged = sample_params_.as<uint8_t>();
   cuda::sample(sample_results_.as<SampleResult>(), logits.data, reinterpret_cast<const SampleParams*>(staged + 16),
-               sample_adjustments_.as<StagedAdjustment>(), sample_work_.data(), reinterpret_cast<const int32_t*>(staged), n,
-               logits.cols, *stream_);
+               sample_adjustments_.as<StagedAdjustment>(), sample_masks_.as<uint32_t>(), sample_work_.data(),
+               reinterpret_cast<const int32_t*>(staged), n, logits.cols, *stream_);
   CUDA_CHECK(cudaMemcpyAsync(sample_results_pinned_.data(), sample_results_.data(), bytes, cudaMemcpyDeviceToHost, *stream_));
 }
 
-std::vector<Sample> CudaBackend::take_samples(Mat<const float> logits) {
+std::vector<std::optional<Sample>> CudaBackend::take_samples(Mat<const float> logits) {
   use();
   stream_->wait();
-  if (samples_on_host_) return Backend::take_samples(logits);
-  std::vector<Sample> samples;
-  std::vector<float> row(logits.cols);
-  for (size_t i = 0; i < asked_.size(); ++i) {
-    const SampleRequest& request = asked_[i];
-    if (request.sampler->options().logprobs > kTopLogprobs) {
-      copy_out(row.data(), logits.row(request.row), row.size() * sizeof(float));
-      samples.push_back(request.sampler->sample(row.data(), request.position));
-    } else {
-      samples.push_back(finish_sample(sample_results_pinned_.as<SampleResult>()[i], *request.sampler));
-    }
-  }
-  return samples;
+  return Backend::take_samples(logits);
+}
+
+Sample CudaBackend::take_sample(size_t i, Mat<const float> logits) {
+  const Sampler& sampler = *asked_[i].sampler;
+  if (samples_on_host_ || sampler.options().logprobs > kTopLogprobs) return Backend::take_sample(i, logits);
+  return finish_sample(sample_results_pinned_.as<SampleResult>()[i], sampler);
 }
 
 }  // namespace gptoss::cuda

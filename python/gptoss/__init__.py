@@ -14,14 +14,33 @@ from typing import TYPE_CHECKING, Any
 from ._gptoss import __version__
 
 if TYPE_CHECKING:
-    from .engine import StreamEvent, Timings, TokenLogprob
+    from .chat import ChatResult, ChatStream
+    from .engine import (
+        Constraint,
+        Engine,
+        EngineStats,
+        Generation,
+        QueueFull,
+        Request,
+        StreamEvent,
+        Timings,
+        TokenLogprob,
+    )
     from .model import GenerationResult, Model
     from .sampling import SamplingParams
     from .tokenizer import Tokenizer
 
 __all__ = [
+    "ChatResult",
+    "ChatStream",
+    "Constraint",
+    "Engine",
+    "EngineStats",
+    "Generation",
     "GenerationResult",
     "Model",
+    "QueueFull",
+    "Request",
     "SamplingParams",
     "StreamEvent",
     "Timings",
@@ -31,8 +50,16 @@ __all__ = [
 ]
 
 _MODULE_OF = {
+    "ChatResult": "chat",
+    "ChatStream": "chat",
+    "Constraint": "engine",
+    "Engine": "engine",
+    "EngineStats": "engine",
+    "Generation": "engine",
     "GenerationResult": "model",
     "Model": "model",
+    "QueueFull": "engine",
+    "Request": "engine",
     "SamplingParams": "sampling",
     "StreamEvent": "engine",
     "Timings": "engine",

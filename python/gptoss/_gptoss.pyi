@@ -91,6 +91,15 @@ def cuda_available() -> bool:
 def build_info() -> dict[str, str]:
     """Compiler, flags and features of this build."""
 
+class CacheFull(RuntimeError):
+    """The cache has too few free pages for a step. Nothing has changed."""
+
+class CannotSample(RuntimeError):
+    """Nothing can be drawn from a row of logits: numbers are missing, or none is finite."""
+
+    item: int
+    """Of the step's items the one whose row it is. Nothing has changed for any of them."""
+
 class Core:
     """One model on one device. Calls from several threads take turns."""
 
@@ -102,6 +111,12 @@ class Core:
     max_context: Final[int]
     max_batch_tokens: Final[int]
     max_sequences: Final[int]
+    page_tokens: Final[int]
+    """Tokens of a cache page."""
+    full_pages: Final[int]
+    """Pages of 128 tokens that the layers which see everything have for all sequences together."""
+    window_pages: Final[int]
+    """The same of the window layers, which keep only the pages that a window still touches."""
 
     def __init__(
         self,
@@ -113,9 +128,11 @@ class Core:
         max_sequences: int = 0,
         invariant: bool = False,
         precision: str = "exact",
+        prefix_cache: bool = False,
     ) -> None:
         """0 means the default. Takes all memory; RuntimeError with the numbers if it is too little.
-        precision is "exact" or "fast", the latter on the CPU only.
+        precision is "exact" or "fast", the latter on the CPU only. With prefix_cache, full pages of
+        128 tokens stay when their sequence goes, for `Sequence.reuse`, until others need the room.
 
         Weights come by `load_tensor`, then `finish_loading`.
         """
@@ -127,40 +144,78 @@ class Core:
         """ValueError naming the tensors that are missing."""
 
     def memory(self) -> dict[str, int]:
-        """Bytes of "weights", "cache_used" and "workspace"."""
+        """Bytes of "weights", "cache_used" (the prefix cache's pages too) and "workspace"."""
+
+    def free_pages(self) -> tuple[int, int]:
+        """Pages of the full and of the window layers that sequences may still take.
+
+        Those that only the prefix cache holds are among them.
+        """
+
+    def cache_stats(self) -> dict[str, int]:
+        """full_in_use and window_in_use: pages that sequences hold. cached_pages: pages of tokens
+        that the prefix cache knows, held or not. prefix_tokens_asked and prefix_tokens_reused: of
+        all `Sequence.reuse` so far.
+        """
+
+    def new_sequence(self) -> Sequence:
+        """An empty sequence."""
 
     def step(
         self,
-        items: Seq[tuple[Sequence, Seq[int], int, Sampler | None]],
+        items: list[
+            tuple[Sequence, Seq[int], int, Sampler | None]
+            | tuple[Sequence, Seq[int], int, Sampler | None, int]
+        ],
         logits: DLPackTensor | None = None,
-    ) -> list[Sample | None]:
+    ) -> list[list[Sample]]:
         """Run one ragged batch through the model.
 
         Args:
-            items: (sequence, tokens appended to it, want, sampler). want is 0 for nothing, 1 for
-                the logits of the last token, 2 for those of all. A sampler (want 1) draws the next
-                token from them; it is recorded in the sampler and not appended to the sequence. No
-                sequence may come twice; they are at most `max_sequences`, and all tokens together
-                at most `max_batch_tokens`.
+            items: (sequence, tokens appended to it, want, sampler[, n_drafts]). want is 0 for
+                nothing, 1 for the logits of the last token, 2 for those of all. A sampler (want 1)
+                draws the next token from them; it is recorded in the sampler and not appended to
+                the sequence. No sequence may come twice; they are at most `max_sequences`, and all
+                tokens together at most `max_batch_tokens`.
+                With n_drafts, at most 63, that many of the last tokens are guesses: a token is
+                drawn before each of them and behind the last, as far as the guesses before it were
+                what was drawn, and only guesses that came true stay in the sequence. Tokens and log
+                probabilities are those of one token a step, bit for bit (on sm_90, where the core
+                is invariant). A mask holds for all rows. want 1 is then the logits of these
+                n_drafts + 1 rows.
             logits: float32 [wanted rows, vocab_size], filled in the order of the items.
 
         Returns:
-            For each item the token drawn, or None without a sampler.
+            For each item a list: the token drawn, or nothing without a sampler; with n_drafts the
+            guesses that came true and one token more.
+
+        Raises:
+            CacheFull: too few free pages.
+            CannotSample: nothing can be drawn for one of the items.
 
         After any exception, KeyboardInterrupt included, every sequence is as long as before.
         """
 
 class Sequence:
-    """The cache of one sequence."""
+    """The cache of one sequence; made by `Core.new_sequence`."""
 
     length: Final[int]
     """Tokens in the cache."""
 
-    def __init__(self, core: Core) -> None: ...
     def truncate(self, length: int) -> None:
         """Forget all but the first `length` tokens.
 
-        ValueError if a window layer has already let go of what the new end must see.
+        ValueError if a window layer has already let go of what the new end must see; or, with a
+        prefix cache, if the new end is inside a page that was full: shared pages are not written
+        again, so there only multiples of 128 can be returned to.
+        """
+
+    def reuse(self, tokens: Seq[int]) -> int:
+        """Begin with what the prefix cache holds of these tokens; ValueError unless empty.
+
+        Takes whole pages of 128 tokens, and never the last token, whose logits will be wanted.
+        Returns how many tokens need not be fed; 0 without a prefix cache. What follows has the same
+        bits as if they had been.
         """
 
     def close(self) -> None:
@@ -191,6 +246,14 @@ class Sampler:
 
     def record(self, token: int) -> None:
         """Tell the penalties of a drawn token. `Core.step` does it itself."""
+
+    def allow(self, mask: Any | None) -> None:
+        """Which tokens may be drawn from now on, until changed; None: any.
+
+        mask: uint32 [ceil(vocab_size / 32)], bit t % 32 of word t // 32; it is copied. Penalties
+        and filters see only what it allows; log probabilities stay those of the model. ValueError
+        if it allows nothing.
+        """
 
     def sample(self, logits: DLPackTensor, position: int) -> Sample:
         """Draw from one row, float32 [vocab_size], at this position of the sequence."""

@@ -20,6 +20,7 @@ from . import _gptoss
 HEAD_DIM = 64  # the kernels are written for this head size
 BLOCK = 32  # MXFP4 block: inputs that share one scale
 SWIGLU_ALPHA = 1.702  # gain of the sigmoid in the SwiGLU; no checkpoint has another
+DTYPE_BYTES = {"BF16": 2, "F32": 4, "U8": 1}  # of the tensors of a checkpoint
 MAX_JSON_BYTES = 16 << 20  # config, index and generation files are far smaller
 _MAX_CONTEXT = 1 << 24
 _MISSING = object()

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from . import _gptoss
 from .checkpoint import open_checkpoint
+from .config import DTYPE_BYTES
 
 if TYPE_CHECKING:  # imported when first needed
     from rich.console import Console
@@ -24,7 +25,6 @@ if TYPE_CHECKING:  # imported when first needed
 CACHE_BYTES = 2  # keys and values are bfloat16
 PAGE_TOKENS = 128  # of the cache
 CODES_PER_BYTE = 2  # of MXFP4 blocks
-DTYPE_BYTES = {"BF16": 2, "F32": 4, "U8": 1}
 
 MLP, ATTENTION, VOCABULARY = "MLP", "Attention", "Embedding and unembedding"
 _EXPERTS = re.compile(r".*\.mlp\.(experts\.|mlp[12]_).*")

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import cached_property
 from os import PathLike
-from types import TracebackType
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, Literal, Unpack, overload
 
 from . import _gptoss
-from .engine import Engine, FinishReason, Request, StreamEvent, Timings, TokenLogprob
+from .engine import (
+    MAX_DRAFTS,
+    Constraint,
+    Engine,
+    FinishReason,
+    Request,
+    StreamEvent,
+    Timings,
+    TokenLogprob,
+)
 from .sampling import SamplingParams
 
-if TYPE_CHECKING:  # imported when first needed: both take long
+if TYPE_CHECKING:  # imported when first needed: they take long
     import torch
 
+    from .chat import ChatOptions, ChatResult, ChatStream
+    from .grammar import GrammarCompiler
+    from .harmony import Harmony
     from .tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -61,9 +73,10 @@ class Model:
         core: _gptoss.Core,
         tokenizer: Tokenizer | None = None,
         eos_token_ids: Sequence[int] = (),
+        speculate: int = 0,
     ) -> None:
         """Wrap a core that is loaded. `eos_token_ids` end a generation unless it ignores them."""
-        self._engine = Engine(core, tokenizer)
+        self.engine = Engine(core, tokenizer, speculate=speculate)
         self.tokenizer = tokenizer
         self.eos_token_ids = frozenset(eos_token_ids)
 
@@ -78,6 +91,8 @@ class Model:
         invariant: bool = False,
         threads: int | None = None,
         precision: str = "exact",
+        prefix_cache: bool = True,
+        speculate: int = 0,
         progress: bool = True,
     ) -> Model:
         """Load a checkpoint: a Hugging Face directory or OpenAI's `original/` directory.
@@ -95,6 +110,10 @@ class Model:
             precision: "exact": weights as the checkpoint has them, bfloat16 operands. "fast", on
                 the CPU: attention and unembedding weights rounded to 8 bits, int8 operands; less
                 memory and time, more error (docs/performance.md).
+            prefix_cache: keep pages of the cache that nobody holds any more, for prompts that begin
+                alike. The results are the same.
+            speculate: guess up to this many tokens ahead, 0 to 15, where the last few stood before
+                in prompt or output (docs/python.md); 0 is off. The results are the same.
             progress: show a progress bar on stderr.
 
         Raises:
@@ -108,8 +127,10 @@ class Model:
         max_context = _optional_count("max_context", max_context, 2**31 - 1)
         max_sequences = _optional_count("max_sequences", max_sequences, _MAX_SEQUENCES)
         threads = _optional_count("threads", threads, _MAX_THREADS)
-        if not isinstance(invariant, bool):
-            raise ValueError(f"invariant must be True or False, not {invariant!r}")
+        for name, flag in (("invariant", invariant), ("prefix_cache", prefix_cache)):
+            if not isinstance(flag, bool):
+                raise ValueError(f"{name} must be True or False, not {flag!r}")
+        speculate = _count("speculate", speculate, 0, MAX_DRAFTS)
         if precision not in ("exact", "fast"):
             raise ValueError(f'precision must be "exact" or "fast", not {precision!r}')
         if precision == "fast" and device != "cpu":
@@ -132,15 +153,16 @@ class Model:
             max_sequences=max_sequences or 0,
             invariant=invariant,
             precision=precision,
+            prefix_cache=prefix_cache,
         )
         checkpoint.load_into(core, progress)
         core.finish_loading()
-        return cls(core, tokenizer, checkpoint.eos_token_ids)
+        return cls(core, tokenizer, checkpoint.eos_token_ids, speculate)
 
     @property
     def core(self) -> _gptoss.Core:
         """The C++ core, for benchmarks and tests; RuntimeError once closed."""
-        return self._engine.core
+        return self.engine.core
 
     @property
     def config(self) -> _gptoss.Config:
@@ -186,9 +208,9 @@ class Model:
         """
         prompts = _plain(prompts)
         single = isinstance(prompts, str) or not any(_is_prompt(item) for item in prompts)
-        requests = [self._request(p, params) for p in ([prompts] if single else prompts)]
+        requests = [self.request(p, params) for p in ([prompts] if single else prompts)]
         events: list[list[StreamEvent]] = [[] for _ in requests]
-        with closing(self._engine.run(requests)) as run:
+        with closing(self.engine.run(requests)) as run:
             for index, event in run:
                 events[index].append(event)
         results = [self._result(*pair) for pair in zip(requests, events, strict=True)]
@@ -206,7 +228,109 @@ class Model:
         Raises:
             ValueError, RuntimeError: as `generate`.
         """
-        return self._stream(self._request(prompt, params))
+        return self._stream(self.request(prompt, params))
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        stream: Literal[False] = False,
+        **options: Unpack[ChatOptions],
+    ) -> ChatResult: ...
+
+    @overload
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        stream: Literal[True],
+        **options: Unpack[ChatOptions],
+    ) -> ChatStream: ...
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        stream: bool = False,
+        **options: Unpack[ChatOptions],
+    ) -> ChatResult | ChatStream:
+        """The assistant's next answer in a conversation.
+
+        Args:
+            messages: as OpenAI's chat completions has them: dicts with role and content.
+            stream: give an iterator over the pieces of the answer, not the answer at its end.
+            **options: `gptoss.chat.ChatOptions`: reasoning_effort, tools, tool_choice,
+                response_format, params, date.
+
+        Raises:
+            ValueError: an argument is not as it must be, the conversation does not fit the context,
+                or the checkpoint's tokenizer is not gpt-oss's. Nothing has been computed then.
+            ImportError: the extra `chat` is not installed, or `serve` where a grammar is needed.
+            RuntimeError: as `generate`.
+        """
+        from .chat import ChatStream, chat_request
+
+        answer = ChatStream(self.engine, *chat_request(self, messages, **options))
+        return answer if stream else answer.finish()
+
+    @cached_property
+    def harmony(self) -> Harmony:
+        """The chat format over this checkpoint's tokenizer; ValueError, ImportError as `chat`."""
+        from .harmony import Harmony
+
+        return Harmony.for_tokenizer(self.tokenizer)
+
+    @cached_property
+    def grammar(self) -> GrammarCompiler:
+        """Grammars over this checkpoint's vocabulary; ImportError without the extra `serve`."""
+        from .grammar import GrammarCompiler
+
+        return GrammarCompiler(self.harmony.tokenizer, self.config.vocab_size)
+
+    def request(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        stop_tokens: Iterable[int] | None = None,
+        constraint: Constraint | None = None,
+    ) -> Request:
+        """A request for `engine.submit`, checked against this model.
+
+        Args:
+            prompt: text or token ids.
+            params: how to sample; None for the defaults.
+            stop_tokens: ids that end it, besides those of the checkpoint and of `params`.
+            constraint: what the next token may be, of this generation alone.
+
+        Raises:
+            ValueError, RuntimeError: as `generate`.
+        """
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"params must be SamplingParams, not {type(params).__name__}")
+        vocab_size = self.core.config.vocab_size
+        extra = frozenset(() if stop_tokens is None else stop_tokens)
+        for field, ids in (
+            ("logit_bias", params.logit_bias),
+            ("stop_token_ids", params.stop_token_ids),
+            ("stop_tokens", extra),
+        ):
+            for token in ids:
+                if not 0 <= token < vocab_size:
+                    raise ValueError(
+                        f"{field}: token id {token} is not below the vocabulary size {vocab_size}"
+                    )
+        if params.stop and self.tokenizer is None:
+            raise ValueError("stop strings need a tokenizer, and this checkpoint has none")
+
+        tokens = self._tokens(prompt)
+        room = self.engine.max_tokens - len(tokens)
+        max_new_tokens = max(room, 1) if params.max_new_tokens is None else params.max_new_tokens
+        self.engine.check_room(len(tokens), max_new_tokens)
+        eos = frozenset() if params.ignore_eos else self.eos_token_ids
+        stops = eos.union(params.stop_token_ids, extra)
+        return Request(tokens, params, stops, max_new_tokens, constraint)
 
     def forward(self, tokens: Sequence[int]) -> torch.Tensor:
         """The logits behind every token.
@@ -229,7 +353,7 @@ class Model:
         import torch
 
         logits = torch.empty(len(tokens), core.config.vocab_size)
-        sequence = _gptoss.Sequence(core)
+        sequence = core.new_sequence()
         try:
             for start in range(0, len(tokens), core.max_batch_tokens):
                 part = slice(start, start + core.max_batch_tokens)
@@ -239,54 +363,20 @@ class Model:
         return logits
 
     def close(self) -> None:
-        """Free the weights. Using the model afterwards raises RuntimeError.
-
-        A stream that is still open keeps the memory until it is closed or resumed.
-        """
-        self._engine.close()
+        """Free the weights. Using the model afterwards raises RuntimeError, and so do generations
+        that have not ended."""
+        self.engine.close()
 
     def __enter__(self) -> Model:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def _stream(self, request: Request) -> Generator[StreamEvent, None, None]:
-        with closing(self._engine.run([request])) as run:
+        with closing(self.engine.run([request])) as run:
             for _, event in run:
                 yield event
-
-    def _request(self, prompt: Any, params: SamplingParams | None) -> Request:
-        """Check a prompt and its parameters against this model."""
-        params = SamplingParams() if params is None else params
-        if not isinstance(params, SamplingParams):
-            raise ValueError(f"params must be SamplingParams, not {type(params).__name__}")
-        core = self.core
-        vocab_size = core.config.vocab_size
-        for field in ("logit_bias", "stop_token_ids"):
-            for token in getattr(params, field):
-                if token >= vocab_size:
-                    raise ValueError(
-                        f"{field}: token id {token} is not below the vocabulary size {vocab_size}"
-                    )
-        if params.stop and self.tokenizer is None:
-            raise ValueError("stop strings need a tokenizer, and this checkpoint has none")
-
-        tokens = self._tokens(prompt)
-        room = core.max_context - len(tokens)
-        max_new_tokens = max(room, 1) if params.max_new_tokens is None else params.max_new_tokens
-        if max_new_tokens > room:
-            raise ValueError(
-                f"a prompt of {len(tokens)} tokens and {max_new_tokens} new ones are more than "
-                f"max_context {core.max_context}"
-            )
-        eos = frozenset() if params.ignore_eos else self.eos_token_ids
-        return Request(tokens, params, eos.union(params.stop_token_ids), max_new_tokens)
 
     def _tokens(self, prompt: Any) -> list[int]:
         """The token ids of a prompt, each of them in the vocabulary."""
@@ -346,8 +436,10 @@ def _device(device: Any) -> str:
 
 
 def _optional_count(name: str, value: Any, most: int) -> int | None:
-    if value is None:
-        return None
-    if isinstance(value, bool) or not hasattr(value, "__index__") or not 1 <= value <= most:
-        raise ValueError(f"{name} must be an integer from 1 to {most}, not {value!r}")
+    return None if value is None else _count(name, value, 1, most)
+
+
+def _count(name: str, value: Any, least: int, most: int) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__") or not least <= value <= most:
+        raise ValueError(f"{name} must be an integer from {least} to {most}, not {value!r}")
     return int(value)

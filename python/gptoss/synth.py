@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import _gptoss
-from .config import HEAD_DIM, parse_config
+from .config import DTYPE_BYTES, HEAD_DIM, parse_config
 from .progress import Progress, byte_progress
 
 if TYPE_CHECKING:
@@ -31,7 +31,6 @@ QUEUED_CHUNKS = 8  # made ahead of the disk
 DEFAULT_SHARD_BYTES = 4_800_000_000  # as OpenAI's repositories are cut
 SPARE_DISK_BYTES = 64 << 20
 LARGEST_TOKENIZER = 1 << 14  # above this, nearly all tokens would be reserved ones
-DTYPE_BYTES = {"BF16": 2, "U8": 1}
 OPENAI_SPECIAL_IDS = {
     "<|startoftext|>": 199998,
     "<|endoftext|>": 199999,
@@ -71,6 +70,15 @@ PRESETS = {
 
 
 @dataclass(frozen=True)
+class _TokenizerFile:
+    """What a checkpoint's tokenizer.json holds (None: there is none), and its special tokens."""
+
+    text: str | None
+    special: dict[str, int]
+    smallest_vocabulary: int = 0
+
+
+@dataclass(frozen=True)
 class Tensor:
     """A tensor to be written."""
 
@@ -92,6 +100,7 @@ def synthesize(
     shards: int | None = None,
     max_shard_bytes: int | None = None,
     overwrite: bool = False,
+    tokenizer: str | os.PathLike[str] | None = None,
     progress: Progress = True,
     **shape: Any,
 ) -> Path:
@@ -108,6 +117,8 @@ def synthesize(
         shards: how many weight files; default: as few as `max_shard_bytes` allows.
         max_shard_bytes: where to cut files, default 4.8 GB; a larger tensor has a file of its own.
         overwrite: replace a checkpoint at `out`; a directory with anything else in it is refused.
+        tokenizer: a tokenizer.json to copy, in place of the preset's; unless `vocab_size` is given,
+            the vocabulary is as large as its largest token id asks.
         progress: True for a bar on stderr, False for none, or a function of (bytes done, all).
         **shape: fields of `Shape` that replace the preset's, such as n_layers or vocab_size.
 
@@ -116,6 +127,7 @@ def synthesize(
 
     Raises:
         ValueError: an argument or the shape makes no sense; names the argument or config field.
+        FileNotFoundError: there is no file `tokenizer`.
         FileExistsError: `out` is there and is not to be, or may not be, overwritten.
         OSError: the disk has too little room (ENOSPC), or writing failed.
     """
@@ -123,11 +135,20 @@ def synthesize(
     if layout not in ("huggingface", "original"):
         raise ValueError(f'layout is {layout!r}, expected "huggingface" or "original"')
     _check_count("seed", seed, 0)
+    given = None
+    if tokenizer is not None:
+        given = _read_tokenizer(Path(tokenizer))
+        shape.setdefault("vocab_size", given.smallest_vocabulary)
     values = _original_json(_choose_shape(preset, shape))
     config = parse_config(values, out / "config.json")
-    tokenizer, special = _choose_tokenizer(preset, config.vocab_size)
+    chosen = given or _choose_tokenizer(preset, config.vocab_size)
+    if config.vocab_size < chosen.smallest_vocabulary:
+        raise ValueError(
+            f"vocab_size is {config.vocab_size}, expected at least {chosen.smallest_vocabulary}: "
+            f"{tokenizer} has so many token ids"
+        )
     if layout == "huggingface":
-        values = _hugging_face_json(config, special)
+        values = _hugging_face_json(config, chosen.special)
     tensors = [
         Tensor(spec.name, "U8" if "U8" in spec.dtypes else "BF16", list(spec.shape))
         for spec in _gptoss.expected_tensors(config, layout)
@@ -146,7 +167,7 @@ def synthesize(
     partial.mkdir()
     try:
         _write_json(partial / "config.json", values)
-        _write_tokenizer(partial, tokenizer, special)
+        _write_tokenizer(partial, chosen)
         with byte_progress("Writing", total, progress) as advance:
             for file, content in files.items():
                 _write_safetensors(partial / file, content, config, seed, advance)
@@ -174,16 +195,27 @@ def _choose_shape(preset: str, overrides: dict[str, Any]) -> Shape:
     return replace(PRESETS[preset], **overrides)
 
 
-def _choose_tokenizer(preset: str, vocab_size: int) -> tuple[str | None, dict[str, int]]:
-    """The text of a tokenizer.json (only for tiny) and the ids of the special tokens, if any."""
+def _choose_tokenizer(preset: str, vocab_size: int) -> _TokenizerFile:
+    """A small one for tiny; for others none, with the ids that special tokens would have."""
     from .synth_tokenizer import SMALLEST_VOCABULARY, SPECIAL_TOKENS, build_tokenizer
 
     if preset == "tiny" and SMALLEST_VOCABULARY <= vocab_size <= LARGEST_TOKENIZER:
         first = vocab_size - len(SPECIAL_TOKENS)
         ids = {token: first + index for index, token in enumerate(SPECIAL_TOKENS)}
-        return build_tokenizer(vocab_size), ids
+        return _TokenizerFile(build_tokenizer(vocab_size), ids)
     fits = vocab_size > max(OPENAI_SPECIAL_IDS.values())
-    return None, OPENAI_SPECIAL_IDS if fits else {}
+    return _TokenizerFile(None, OPENAI_SPECIAL_IDS if fits else {})
+
+
+def _read_tokenizer(path: Path) -> _TokenizerFile:
+    """A tokenizer.json that the caller names."""
+    from .synth_tokenizer import SPECIAL_TOKENS
+    from .tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.from_file(path)
+    ids = {token: tokenizer.token_id(token) for token in SPECIAL_TOKENS}
+    special = {token: id for token, id in ids.items() if id is not None}
+    return _TokenizerFile(path.read_text(encoding="utf-8"), special, tokenizer.max_id + 1)
 
 
 def _original_json(shape: Shape) -> dict[str, Any]:
@@ -351,19 +383,20 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def _write_tokenizer(directory: Path, tokenizer: str | None, special: dict[str, int]) -> None:
+def _write_tokenizer(directory: Path, tokenizer: _TokenizerFile) -> None:
     """generation_config.json, and tokenizer.json where there is one."""
-    stops = ("<|return|>", "<|endoftext|>", "<|call|>")
+    special = tokenizer.special
+    stops = [special[t] for t in ("<|return|>", "<|endoftext|>", "<|call|>") if t in special]
     generation = {
         "bos_token_id": special.get("<|startoftext|>"),
         "do_sample": True,
-        "eos_token_id": [special[token] for token in stops] if special else None,
+        "eos_token_id": stops or None,
         "pad_token_id": special.get("<|endoftext|>"),
     }
     _write_json(directory / "generation_config.json", generation)
-    if tokenizer is None:
+    if tokenizer.text is None:
         return
-    (directory / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
+    (directory / "tokenizer.json").write_text(tokenizer.text, encoding="utf-8")
     names = {
         "bos_token": "<|startoftext|>",
         "eos_token": "<|return|>",

@@ -19,7 +19,7 @@ _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 
 @cache
-def _byte_of_character() -> dict[str, int]:
+def byte_of_character() -> dict[str, int]:
     """The byte-level alphabet of GPT-2: which byte each character of a token's name stands for.
 
     Printable Latin-1 characters stand for themselves, the other 68 bytes for U+0100 and up.
@@ -56,6 +56,7 @@ class Tokenizer:
         backend.no_padding()
         self._backend = backend
         self._added = {id: t.content for id, t in backend.get_added_tokens_decoder().items()}
+        self._bytes: dict[int, bytes] = {}  # of tokens that were asked for
         self._byte_level = isinstance(backend.decoder, tokenizers.decoders.ByteLevel)
 
     @classmethod
@@ -78,6 +79,16 @@ class Tokenizer:
     def vocab_size(self) -> int:
         """Number of token ids that have a meaning, the special ones included."""
         return self._backend.get_vocab_size()
+
+    @property
+    def max_id(self) -> int:
+        """The largest token id that has a meaning."""
+        return max(self._backend.get_vocab().values())
+
+    @property
+    def special_token_ids(self) -> frozenset[int]:
+        """Ids of the tokens that are no text, such as <|return|>."""
+        return frozenset(self._added)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text. Nothing is added, and no text becomes a special token.
@@ -111,11 +122,19 @@ class Tokenizer:
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes a token of a byte-level tokenizer stands for (a special token: its name)."""
+        found = self._bytes.get(token)
+        if found is None:
+            found = self._spelled(token)
+            if found:  # else it may be any number
+                self._bytes[token] = found
+        return found
+
+    def _spelled(self, token: int) -> bytes:
         name = self._added.get(token)
         if name is not None:
             return name.encode()
         name = self._backend.id_to_token(token) or ""
-        table = _byte_of_character()
+        table = byte_of_character()
         return b"".join([bytes((table[c],)) if c in table else c.encode() for c in name])
 
     def detokenizer(self) -> Detokenizer:

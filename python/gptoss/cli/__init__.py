@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from . import bench, checkpoints, demo, generate
+from . import bench, chat, checkpoints, demo, generate, serve
 
 app = typer.Typer(
     name="gptoss",
@@ -20,8 +20,10 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(generate.generate)
+app.command()(chat.chat)
 app.command()(checkpoints.inspect)
 app.command()(checkpoints.synth)
+app.command()(serve.serve)
 app.command()(bench.bench)
 app.command()(demo.demo)
 

@@ -114,7 +114,6 @@ def _row(core: Core, context: int, prompt: int, decode: int, repeats: int) -> Ro
 
 def _measure(core: Core, context: int, prompt: int, decode: int) -> tuple[float, float]:
     """Seconds for the prompt (its first new token included) and for `decode` further tokens."""
-    from .._gptoss import Sequence
     from ..engine import make_sampler
     from ..sampling import SamplingParams
 
@@ -122,13 +121,12 @@ def _measure(core: Core, context: int, prompt: int, decode: int) -> tuple[float,
     draw = random.Random(0)  # the same tokens, hence the same experts, in every repeat
     tokens = [draw.randrange(vocab_size) for _ in range(context + prompt)]
     sampler = make_sampler(vocab_size, SamplingParams(temperature=0, seed=0))
-    sequence = Sequence(core)
+    sequence = core.new_sequence()
 
     def feed(part: list[int]) -> int:
         for start in range(0, len(part), core.max_batch_tokens):
             chunk = part[start : start + core.max_batch_tokens]
-            (sample,) = core.step([(sequence, chunk, 1, sampler)])
-        assert sample is not None
+            ((sample,),) = core.step([(sequence, chunk, 1, sampler)])
         return sample.token
 
     try:

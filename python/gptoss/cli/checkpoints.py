@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -36,6 +37,9 @@ def synth(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a checkpoint at OUT.")
     ] = False,
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A tokenizer.json to copy.")
+    ] = None,
     n_layers: Annotated[int | None, typer.Option("--layers")] = None,
     hidden_size: Annotated[int | None, typer.Option(help="A multiple of 32.")] = None,
     n_heads: Annotated[int | None, typer.Option("--heads")] = None,
@@ -49,7 +53,8 @@ def synth(
 ) -> None:
     """Write a checkpoint of random weights in the true format.
 
-    Sizes that are given replace the preset's. tiny comes with a small tokenizer.
+    Sizes that are given replace the preset's. tiny comes with a small tokenizer; the vocabulary of
+    --tokenizer is as large as that file asks, or as --vocab-size says.
     """
     from ..synth import synthesize
 
@@ -71,6 +76,7 @@ def synth(
         seed=seed,
         shards=shards,
         overwrite=overwrite,
+        tokenizer=tokenizer,
         progress=show_progress(quiet),
         **{name: size for name, size in sizes.items() if size is not None},
     )

@@ -13,21 +13,37 @@ from ..sampling import SamplingParams
 from .options import (
     Checkpoint,
     Device,
+    FrequencyPenalty,
+    IgnoreEos,
     Json,
+    LogitBias,
+    Logprobs,
     MaxContext,
+    MaxNewTokens,
     MaxSequences,
+    MinP,
     Precision,
+    PresencePenalty,
     Quiet,
+    RepetitionPenalty,
+    Seed,
+    Speculate,
+    Stop,
+    StopToken,
+    Temperature,
     Threads,
+    TopK,
+    TopP,
     integers,
+    sampling,
     show_progress,
 )
+from .terminal import printable
 
 if TYPE_CHECKING:
     from ..engine import Timings
     from ..model import Model, Prompt
 
-_CONTROL = {c: "\ufffd" for c in (*range(32), *range(127, 160)) if chr(c) not in "\n\t"}
 _DEFAULT = SamplingParams()
 
 
@@ -39,51 +55,26 @@ def generate(
     tokens: Annotated[
         str | None, typer.Option(help="Token ids to continue, like 1,2,3, instead of text.")
     ] = None,
-    max_new_tokens: Annotated[
-        int | None, typer.Option("--max-new-tokens", "-n", help="Most new tokens.")
-    ] = _DEFAULT.max_new_tokens,
-    temperature: Annotated[
-        float, typer.Option(help="0 always takes the likeliest token.")
-    ] = _DEFAULT.temperature,
-    top_k: Annotated[int, typer.Option(help="Draw from the k likeliest; 0: all.")] = _DEFAULT.top_k,
-    top_p: Annotated[
-        float, typer.Option(help="Draw from the likeliest with this much probability together.")
-    ] = _DEFAULT.top_p,
-    min_p: Annotated[
-        float, typer.Option(help="Drop tokens below this fraction of the likeliest.")
-    ] = _DEFAULT.min_p,
-    repetition_penalty: Annotated[
-        float, typer.Option(help="Above 1: avoid tokens of prompt and output.")
-    ] = _DEFAULT.repetition_penalty,
-    presence_penalty: Annotated[
-        float, typer.Option(help="Subtracted from the logits of tokens already generated.")
-    ] = _DEFAULT.presence_penalty,
-    frequency_penalty: Annotated[
-        float, typer.Option(help="The same, for each time they were generated.")
-    ] = _DEFAULT.frequency_penalty,
-    logit_bias: Annotated[
-        list[str] | None, typer.Option(metavar="ID=BIAS", help="Added to a logit; repeatable.")
-    ] = None,
-    seed: Annotated[
-        int | None, typer.Option(help="Repeat a generation; default: a fresh one.")
-    ] = None,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="Stop before this text; repeatable.")
-    ] = None,
-    stop_token: Annotated[
-        list[int] | None, typer.Option(help="Stop at this token id; repeatable.")
-    ] = None,
-    logprobs: Annotated[
-        int | None, typer.Option(help="With --json: this many likeliest tokens for each.")
-    ] = None,
-    ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Go on after the model's stop tokens.")
-    ] = False,
+    max_new_tokens: MaxNewTokens = _DEFAULT.max_new_tokens,
+    temperature: Temperature = _DEFAULT.temperature,
+    top_k: TopK = _DEFAULT.top_k,
+    top_p: TopP = _DEFAULT.top_p,
+    min_p: MinP = _DEFAULT.min_p,
+    repetition_penalty: RepetitionPenalty = _DEFAULT.repetition_penalty,
+    presence_penalty: PresencePenalty = _DEFAULT.presence_penalty,
+    frequency_penalty: FrequencyPenalty = _DEFAULT.frequency_penalty,
+    logit_bias: LogitBias = None,
+    seed: Seed = None,
+    stop: Stop = None,
+    stop_token: StopToken = None,
+    logprobs: Logprobs = None,
+    ignore_eos: IgnoreEos = False,
     device: Device = "auto",
     threads: Threads = None,
     precision: Precision = "exact",
     max_context: MaxContext = None,
     max_sequences: MaxSequences = None,
+    speculate: Speculate = 0,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -92,25 +83,22 @@ def generate(
     A checkpoint without a tokenizer takes --tokens and prints token ids.
     """
     given = _prompt(prompt, tokens)
-    try:
-        params = SamplingParams(
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            min_p=min_p,
-            repetition_penalty=repetition_penalty,
-            presence_penalty=presence_penalty,
-            frequency_penalty=frequency_penalty,
-            logit_bias=_logit_bias(logit_bias or []),
-            seed=seed,
-            stop=stop or (),
-            stop_token_ids=stop_token or (),
-            logprobs=logprobs,
-            ignore_eos=ignore_eos,
-        )
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+    params = sampling(
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty,
+        frequency_penalty=frequency_penalty,
+        logit_bias=_logit_bias(logit_bias or []),
+        seed=seed,
+        stop=stop or (),
+        stop_token_ids=stop_token or (),
+        logprobs=logprobs,
+        ignore_eos=ignore_eos,
+    )
 
     from ..model import Model
 
@@ -121,6 +109,7 @@ def generate(
         max_sequences=max_sequences,
         threads=threads,
         precision=precision,
+        speculate=speculate,
         progress=show_progress(quiet),
     ) as model:
         if as_json:
@@ -133,10 +122,9 @@ def generate(
 
 def print_stream(model: Model, prompt: Prompt, params: SamplingParams) -> Timings:
     """Print a generation to stdout as it comes: text, or token ids where there is no tokenizer."""
-    terminal = sys.stdout.isatty()
     for event in model.stream(prompt, params):
         text = event.text if model.tokenizer else f"{event.token} "
-        print(text.translate(_CONTROL) if terminal else text, end="", flush=True)
+        print(printable(text), end="", flush=True)
     print()
     assert event.timings is not None
     return event.timings
