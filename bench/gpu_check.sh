@@ -33,7 +33,7 @@ tests() {
   jobs=$(python3 -c "import xdist" 2> /dev/null && echo "-n 3" || true)
   PYTHONPATH=$out/python GPTOSS_TEST_DEVICE=cuda python3 -m pytest -q --maxfail=20 -p no:cacheprovider $jobs tests/test_mxfp4.py \
     tests/test_ops.py tests/test_attention.py tests/test_fused.py tests/test_hopper.py tests/test_model.py tests/test_generate.py \
-    tests/test_cuda.py tests/test_sample_op.py "$@"
+    tests/test_cuda.py tests/test_sample_op.py tests/test_drafts.py tests/test_prefix_cache.py "$@"
 }
 
 sanitize() {

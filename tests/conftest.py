@@ -1,6 +1,7 @@
 """Fixtures of all tests. `isa` runs a test once for each instruction set this machine has, or once
 on small_models.DEVICE."""
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,6 +9,8 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as for a job in a shell's background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # Ctrl-C is tested, in children too
 torch.set_num_threads(1)  # on tensors this small, more threads mostly wait for each other
 
 if TYPE_CHECKING:
