@@ -14,7 +14,7 @@ from gptoss.answer import Answer
 from gptoss.tokenizer import Tokenizer
 from harmony_text import tokens_of
 from jsonschema import validate
-from server_tools import NAME, Live, live, scripted
+from server_tools import NAME, Live, live, scripted, until
 
 USER = [{"role": "user", "content": "Hi"}]
 THOUGHT = "<|channel|>analysis<|message|>The user greets.<|end|><|start|>assistant"
@@ -252,7 +252,7 @@ def test_stop_strings_are_for_the_content(client: Any, say: Callable, server: Li
         if content is not FINAL:
             assert choice.message.content == content
             assert streamed(client, stop=stop)[0]["content"] == content
-    assert not server.scripted.core.sequences
+    until(lambda: not server.scripted.core.sequences)
 
 
 def test_logprobs_are_of_the_content(client: Any, say: Callable, server: Live) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 from scripted_core import LIKELY, SECOND, neighbour
-from server_tools import NAME, Scripted, exchange, scripted, small_tokenizer
+from server_tools import NAME, Scripted, exchange, scripted, small_tokenizer, until
 
 JSON = {"content-type": "application/json"}
 TEXT = "The capital of France is Paris, a city on the Seine."
@@ -158,7 +158,7 @@ def test_echo_scores_the_prompt(served: Scripted) -> None:
         greedy = found["token_logprobs"][place] == max(found["top_logprobs"][place].values())
         assert greedy == (place != 3)
     assert answer["usage"]["completion_tokens"] == 1
-    assert not served.core.sequences
+    until(lambda: not served.core.sequences)
 
 
 def test_echo_without_new_tokens(served: Scripted) -> None:
