@@ -10,6 +10,7 @@ import itertools
 import os
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Sequence
 from typing import TYPE_CHECKING
@@ -349,10 +350,14 @@ class Engine:
                     return self._schedule.accept(plan, samples, time.perf_counter())
         except BaseException as error:
             if not undone:
+                # It stays with those whom it ended: the frames it passed must not keep the core.
+                traceback.clear_frames(error.__traceback__)
                 with self._lock:
                     for generation in self._schedule.running():
                         self._schedule.fail(generation, error)
             raise
+        finally:
+            del core
 
     def _make_room(self) -> bool:
         """Take the pages of what has ended, else of the youngest, else of guests; whether there
