@@ -63,7 +63,8 @@ struct MatmulArgs {
   int64_t n_panels = 0;
   const void* packed = nullptr;  // a tile starts where its first token would in rows of cols elements (of int8_token_bytes)
   int64_t n_tokens = 0;
-  const float* bias = nullptr;  // [rows] or null
+  const uint8_t* next = nullptr;  // the panel that this thread multiplies next, null: not known; it is fetched meanwhile
+  const float* bias = nullptr;    // [rows] or null
   Epilogue epilogue = Epilogue::kStore;
   float* out = nullptr;                // token t writes out + out_rows[t] * out_stride
   int64_t out_stride = 0;              // floats
