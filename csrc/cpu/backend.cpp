@@ -105,10 +105,10 @@ class CpuBackend final : public Backend {
   WeightFormat held(WeightFormat format) const { return fast_ && format == WeightFormat::kBf16 ? WeightFormat::kInt8 : format; }
   size_t packed_bytes(const ModelConfig& config) const {
     const int64_t widest = std::max(config.hidden_size, config.q_size());
-    return max_tokens_ * std::max(token_bytes(widest), config.experts_per_token * token_bytes(config.hidden_size));
+    return max_tokens_ * std::max(token_bytes(widest, false), config.experts_per_token * token_bytes(config.hidden_size, true));
   }
   size_t packed_hidden_bytes(const ModelConfig& config) const {
-    return max_tokens_ * config.experts_per_token * token_bytes(config.intermediate_size);
+    return max_tokens_ * config.experts_per_token * token_bytes(config.intermediate_size, true);
   }
   size_t hidden_bytes(const ModelConfig& config) const {
     return fast_ ? max_tokens_ * config.experts_per_token * config.intermediate_size * sizeof(float) : 0;
@@ -123,7 +123,9 @@ class CpuBackend final : public Backend {
   void swiglu_products(const ExpertWeights& experts, int64_t n_tokens);
   void down_products(Mat<float> x, const ExpertWeights& experts);
 
-  int64_t token_bytes(int64_t cols) const { return fast_ ? int8_token_bytes(cols) : cols * kernels_.packed_bytes; }
+  int64_t token_bytes(int64_t cols, bool mxfp4) const {
+    return fast_ ? int8_token_bytes(cols, mxfp4) : cols * kernels_.packed_bytes;
+  }
   void pack_tile(uint8_t* tile, Mat<const float> t, const int32_t* rows, int64_t n, bool mxfp4) const {
     if (fast_)
       kernels_.pack_tokens_int8(tile, t.data, t.cols, rows, n, t.cols, mxfp4);
@@ -247,7 +249,7 @@ void CpuBackend::product(Mat<float> out, Mat<const float> t, const Weight& weigh
   const bool mxfp4 = weight.format == WeightFormat::kMxfp4;
   pool_.run(tiles, [&](int64_t i, int) {
     const int64_t first = tile_start(n, tiles, i), count = tile_start(n, tiles, i + 1) - first;
-    pack_tile(packed_.as<uint8_t>() + first * token_bytes(t.cols), {t.row(first), count, t.cols}, nullptr, count, mxfp4);
+    pack_tile(packed_.as<uint8_t>() + first * token_bytes(t.cols, mxfp4), {t.row(first), count, t.cols}, nullptr, count, mxfp4);
   });
   MatmulArgs args;
   args.panels = weight.storage.as<uint8_t>();
@@ -372,7 +374,7 @@ void CpuBackend::pack_groups(const Buffer& packed, Mat<const float> t, bool by_s
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t first = tile_start(group.n, tiles, i), count = tile_start(group.n, tiles, i + 1) - first;
       const int64_t slot = group.first + first;
-      uint8_t* tile = packed.as<uint8_t>() + slot * token_bytes(t.cols);
+      uint8_t* tile = packed.as<uint8_t>() + slot * token_bytes(t.cols, true);
       if (by_slot)
         pack_tile(tile, {t.row(slot), count, t.cols}, nullptr, count, true);
       else
@@ -404,7 +406,7 @@ void CpuBackend::expert_products(const Weight& weight, const Buffer& packed, int
     args.n_panels = tile_start(panels, parts, part + 1) - args.first_panel;
     if (likely < n_groups * parts)
       args.next = panels_of(likely) + tile_start(panels, parts, likely % parts) * panel_bytes(weight);
-    args.packed = packed.as<uint8_t>() + groups_[g].first * token_bytes(weight.cols);
+    args.packed = packed.as<uint8_t>() + groups_[g].first * token_bytes(weight.cols, true);
     args.n_tokens = groups_[g].n;
     finish(args, groups_[g]);
     const bool adds = args.epilogue == Epilogue::kAdd;
@@ -420,7 +422,7 @@ void CpuBackend::swiglu_products(const ExpertWeights& experts, int64_t n_tokens)
   expert_products(*experts.gate_up, packed_, n_tokens, [&](MatmulArgs& args, const Group& group) {
     args.bias = experts.gate_up_bias + group.expert * rows;
     args.epilogue = Epilogue::kSwiglu;
-    args.packed_out = packed_hidden_.as<uint8_t>() + group.first * token_bytes(inner);
+    args.packed_out = packed_hidden_.as<uint8_t>() + group.first * token_bytes(inner, true);
     args.out = hidden_.as<float>() + group.first * inner;
     args.out_stride = inner;
     args.swiglu_limit = experts.swiglu_limit;

@@ -14,8 +14,6 @@ using gptoss::cpu::Epilogue;
 using gptoss::cpu::MatmulArgs;
 using gptoss::cpu::TileSizes;
 
-#define UNROLL _Pragma("GCC unroll 16")
-
 // Adds one pair of inputs of kHalves x 16 rows times T tokens.
 template <int T>
 INLINE void add_pair(F32 (&sums)[kHalves][T], const Weights (&w)[kHalves], const Packed* x) {
