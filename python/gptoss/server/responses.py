@@ -189,7 +189,7 @@ async def create_response(request: HttpRequest) -> Response:
     state.served.check_name(body.model)
     call = _Call(state.served, body)
     batch = state.driver.submit(await asyncio.to_thread(call.prepare))
-    if body.stream:
+    if body.streams:
         return EventStream(_numbered(_events(request, call, batch)), batch)
     try:
         return JSONResponse(await answer(request, _whole(request, call, batch)))

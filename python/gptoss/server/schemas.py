@@ -104,7 +104,9 @@ class Sampling(Strict):
     ignore_eos: bool | None = None
 
 
-class _Streamed(Strict):
+class Streamed(Strict):
+    """How the answer comes."""
+
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -125,7 +127,18 @@ class _Streamed(Strict):
         return self
 
 
-class CompletionRequest(Sampling, _Streamed):
+class Ignored(Strict):
+    """Fields that chat and responses share, and that change nothing here."""
+
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    safety_identifier: str | None = None
+    service_tier: str | None = None
+    store: bool | None = None
+    user: str | None = None
+
+
+class CompletionRequest(Sampling, Streamed):
     """Body of POST /v1/completions."""
 
     model: ModelName | None = None
@@ -149,7 +162,7 @@ class CompletionRequest(Sampling, _Streamed):
         return self
 
 
-class ChatRequest(Sampling, _Streamed):
+class ChatRequest(Sampling, Streamed, Ignored):
     """Body of POST /v1/chat/completions. Messages and tools are checked by what renders them."""
 
     model: ModelName | None = None
@@ -169,15 +182,9 @@ class ChatRequest(Sampling, _Streamed):
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None  # the format makes one call a turn
     modalities: list[Literal["text"]] | None = None
-    # What changes nothing here.
+    # What changes nothing here, either.
     metadata: dict[str, Any] | None = None
     prediction: dict[str, Any] | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-    safety_identifier: str | None = None
-    service_tier: str | None = None
-    store: bool | None = None
-    user: str | None = None
     verbosity: str | None = None
 
     @model_validator(mode="after")
