@@ -136,7 +136,6 @@ async def create_completion(request: HttpRequest) -> Response:
     """Continue one text or several, each `n` times."""
     body = await read_request(request, CompletionRequest)
     state = request.app.state
-    state.served.check_name(body.model)
     call = _Completion(state.served, body)
     await asyncio.to_thread(call.prepare, state.settings.max_choices)
 

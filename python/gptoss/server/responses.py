@@ -186,7 +186,6 @@ async def create_response(request: HttpRequest) -> Response:
     """Answer a conversation."""
     body = await read_request(request, ResponsesRequest)
     state = request.app.state
-    state.served.check_name(body.model)
     call = _Call(state.served, body)
     batch = state.driver.submit(await asyncio.to_thread(call.prepare))
     if body.streams:

@@ -12,16 +12,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_v
 
 from ..sampling import MAX_LOGPROBS
 from .errors import ApiError, invalid
-from .schemas import (
-    MAX_MESSAGES,
-    MAX_TOOLS,
-    Count,
-    Ignored,
-    ModelName,
-    Sampling,
-    Streamed,
-    Strict,
-)
+from .schemas import MAX_MESSAGES, MAX_TOOLS, Count, Ignored, Sampling, Streamed, Strict
 
 LOGPROBS = "message.output_text.logprobs"
 _MAX_METADATA = 16
@@ -151,7 +142,6 @@ class FunctionTool(Strict):
 class ResponsesRequest(Sampling, Streamed, Ignored):
     """Body of POST /v1/responses."""
 
-    model: ModelName | None = None
     include: list[Literal[LOGPROBS, "reasoning.encrypted_content"]] | None = None
     input: Annotated[
         Annotated[
