@@ -289,6 +289,7 @@ def test_cached_tokens(server: Live) -> None:
 
 def test_events(server: Live) -> None:
     """Every event in its place; what they add up to is the response at the end."""
+    server.scripted.core.delay = 0.01  # else a slow reader may get a text in one piece
     events = stream(server, input="With preamble, please", tools=[WEATHER])
     kinds = [event["type"].removeprefix("response.") for event in events]
     without_repeats = [kind for i, kind in enumerate(kinds) if kinds[i - 1 : i] != [kind]]

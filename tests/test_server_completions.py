@@ -182,7 +182,7 @@ def test_a_long_prompt_is_scored_in_chunks(served: Scripted) -> None:
 
 def test_sampling_fields_reach_the_sampler(served: Scripted) -> None:
     first = served.tokenizer.encode(TEXT)[0]
-    biased = {"prompt": "a", "max_tokens": 1, "logit_bias": {str(first): -100}}
+    biased = {"prompt": "a", "max_tokens": 1, "temperature": 0, "logit_bias": {str(first): -100}}
     neighbours = served.tokenizer.decode([neighbour(first, served.core.config.vocab_size)])
     assert post(served, biased)["choices"][0]["text"] == neighbours
     again = {"prompt": [first], "max_tokens": 1, "temperature": 0, "repetition_penalty": 10}
