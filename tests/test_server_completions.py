@@ -47,6 +47,13 @@ def stream(served: Scripted, body: dict[str, Any], path: str = "/v1/completions"
     return exchange(served.app, work)
 
 
+@pytest.mark.parametrize("body", [{}, {"max_tokens": None}], ids=["left out", "null"])
+def test_length_where_none_is_named(served: Scripted, body: dict[str, Any]) -> None:
+    answer = post(served, {"prompt": "Hello", **body})
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert answer["usage"]["completion_tokens"] == 16
+
+
 def test_a_text_is_continued(served: Scripted) -> None:
     answer = post(served, {"model": NAME, "prompt": "Hello", "max_tokens": 100})
     assert answer["object"] == "text_completion" and answer["model"] == NAME

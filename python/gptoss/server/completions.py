@@ -70,8 +70,9 @@ class _Completion:
         n = body.n or 1
         if n * len(body.prompt) > max_choices:
             raise ApiError(400, f"n times prompts may be {max_choices}.", param="n")
+        n_new = 16 if body.max_tokens is None else max(body.max_tokens, 1)
         params = generation.sampling(
-            body, max_new_tokens=body.max_tokens or 1, logprobs=body.logprobs, stop=body.stop
+            body, max_new_tokens=n_new, logprobs=body.logprobs, stop=body.stop
         )
         for prompt in body.prompt:
             first = generation.checked("prompt", model.request, prompt, params)

@@ -147,7 +147,7 @@ class CompletionRequest(Sampling, Streamed):
     """Body of POST /v1/completions."""
 
     prompt: Prompts
-    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = 16
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None  # as OpenAI: 16
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = 1
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     echo: bool | None = False
