@@ -5,8 +5,9 @@
 //   bfloat16:  [K/2 pairs][32 rows][2]                                      128 bytes a pair of inputs
 //   MXFP4:     [K/32 scales][32 rows], padded to 64 bytes, then [K/8][32 rows][4 bytes]; the low half of a row's 4 bytes
 //              holds the codes of inputs 0 2 4 6, the high half those of 1 3 5 7 (so that the two halves make bfloat16 pairs)
-//   int8:      K/32 blocks of [32 rows] bfloat16 scales and [8 quads][32 rows][4 bytes], each a code plus 128; the two quads of
-//              8 inputs are 0 4 1 5 and 2 6 3 7, the order in which MXFP4 nibbles come as bytes
+//   int8:      blocks of 64 inputs (the last may lack 32: they are zeros): [32 rows] bfloat16 scales and [16 quads][32 rows]
+//              [4 bytes], each a code plus 128; the two quads of 8 inputs are 0 4 1 5 and 2 6 3 7, the order in which MXFP4
+//              nibbles come as bytes
 // In gate_up matrices the 32 rows of a panel are its 16 gates, then its 16 ups.
 //
 // Packed tokens. The other operand is cut into tiles of up to `tile` tokens (up to `alone`, if it is the only one), as alike in
@@ -33,10 +34,15 @@ constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / st
 constexpr int64_t bf16_panel_bytes(int64_t cols) { return cols * kPanelRows * 2; }
 constexpr int64_t mxfp4_scale_bytes(int64_t cols) { return round_up(cols / 32 * kPanelRows, 64); }
 constexpr int64_t mxfp4_panel_bytes(int64_t cols) { return mxfp4_scale_bytes(cols) + cols / 2 * kPanelRows; }
-inline constexpr int64_t kInt8BlockBytes = kPanelRows * (2 + 32);
-constexpr int64_t int8_panel_bytes(int64_t cols) { return cols / 32 * kInt8BlockBytes; }
-inline constexpr int64_t kInt8TokenBlockBytes = 4 + 4 + 32;
-constexpr int64_t int8_token_bytes(int64_t cols) { return 4 + cols / 32 * kInt8TokenBlockBytes; }
+inline constexpr int64_t kInt8Block = 64;  // inputs of int8 weights to a scale
+inline constexpr int64_t kInt8BlockBytes = kPanelRows * (2 + kInt8Block);
+constexpr int64_t int8_panel_bytes(int64_t cols) { return round_up(cols, kInt8Block) / kInt8Block * kInt8BlockBytes; }
+// Of a token's block: scale, correction, codes.
+constexpr int64_t int8_token_block_bytes(int64_t inputs) { return 4 + 4 + inputs; }
+constexpr int64_t int8_token_bytes(int64_t cols, bool mxfp4) {
+  const int64_t inputs = mxfp4 ? 32 : kInt8Block;
+  return 4 + round_up(cols, inputs) / inputs * int8_token_block_bytes(inputs);
+}
 // Scale bytes of MXFP4 weights in products of bytes: 2^-60 to 2^60, so that a product of scales is a normal number.
 inline constexpr uint8_t kLeastInt8Scale = 127 - 60, kMostInt8Scale = 127 + 60;
 
@@ -64,7 +70,8 @@ struct MatmulArgs {
   int64_t n_panels = 0;
   const void* packed = nullptr;  // a tile starts where its first token would in rows of cols elements (of int8_token_bytes)
   int64_t n_tokens = 0;
-  const float* bias = nullptr;  // [rows] or null
+  const uint8_t* next = nullptr;  // the panel that this thread multiplies next, null: not known; it is fetched meanwhile
+  const float* bias = nullptr;    // [rows] or null
   Epilogue epilogue = Epilogue::kStore;
   float* out = nullptr;                // token t writes out + out_rows[t] * out_stride
   int64_t out_stride = 0;              // floats
@@ -104,7 +111,7 @@ struct KernelTable {
   void (*pack_tokens)(void* tile, const float* x, int64_t stride, const int32_t* rows, int64_t n, int64_t cols);
   void (*matmul)(const MatmulArgs& args);
 
-  // The same for products of bytes; they round to int8, 32 inputs of a row to a scale.
+  // The same for products of bytes; they round to int8.
   TileSizes int8_tiles;
   void (*pack_int8_panel)(uint8_t* panel, const uint16_t* source, int64_t n_rows, int64_t cols);
   void (*pack_tokens_int8)(void* tile, const float* x, int64_t stride, const int32_t* rows, int64_t n, int64_t cols,
