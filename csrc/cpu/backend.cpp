@@ -2,7 +2,8 @@
 //
 // Products are divided by output rows, never by inputs, and every output of a token is the work of one kernel call: so no
 // result depends on the number of threads or on the other tokens. Rows that several experts add to take the experts in order
-// of their ids.
+// of their ids. Attention over many keys may be the work of several calls (attention_plan.h); one joins what they leave, in a
+// fixed order.
 #include "backend.h"
 
 #include <algorithm>
@@ -12,6 +13,7 @@
 #include <memory>
 #include <thread>
 
+#include "cpu/attention_plan.h"
 #include "cpu/isa.h"
 #include "cpu/memory.h"
 #include "cpu/threads.h"
@@ -44,12 +46,14 @@ class CpuBackend final : public Backend {
   }
   void synchronize() override {}
 
-  void reserve(const ModelConfig& config, const Limits&) override {
+  void reserve(const ModelConfig& config, const Limits& limits) override {
     const int64_t slots = max_tokens_ * config.experts_per_token;
     const int64_t most_panels = ceil_div(std::max(config.hidden_size, 2 * config.intermediate_size), kPanelRows);
     packed_ = allocate_pages(packed_bytes(config));
     packed_hidden_ = allocate_pages(packed_hidden_bytes(config));
     if (fast_) hidden_ = allocate_pages(hidden_bytes(config));
+    states_ = allocate_pages(states_bytes(config, limits));
+    attention_plan_.reserve(max_tokens_);
     groups_.reserve(config.n_experts);
     expert_next_.resize(config.n_experts);
     experts_added_ = std::make_unique<std::atomic<int64_t>[]>(most_panels);
@@ -58,8 +62,8 @@ class CpuBackend final : public Backend {
     router_logits_.resize(pool_.size() * config.n_experts);
   }
 
-  size_t workspace_bytes(const ModelConfig& config, const Limits&) override {
-    return packed_bytes(config) + packed_hidden_bytes(config) + hidden_bytes(config);
+  size_t workspace_bytes(const ModelConfig& config, const Limits& limits) override {
+    return packed_bytes(config) + packed_hidden_bytes(config) + hidden_bytes(config) + states_bytes(config, limits);
   }
 
   size_t weight_bytes(WeightFormat format, int64_t experts, int64_t rows, int64_t cols) const override;
@@ -114,6 +118,11 @@ class CpuBackend final : public Backend {
     return fast_ ? max_tokens_ * config.experts_per_token * config.intermediate_size * sizeof(float) : 0;
   }
 
+  size_t states_bytes(const ModelConfig& config, const Limits& limits) const {
+    const int64_t chunks = AttentionPlan::most_states(max_tokens_, limits.context, config.n_kv_heads, pool_.size());
+    return chunks * config.n_heads * kStateFloats * sizeof(float);
+  }
+
   void product(Mat<float> out, Mat<const float> t, const Weight& weight, const float* bias, Epilogue epilogue);
   void group_by_expert(const Routing& top, int64_t n_experts);
   // Tokens of every expert as tiles: rows slot_tokens_ of t, or where `by_slot` row i of t is slot i.
@@ -154,6 +163,8 @@ class CpuBackend final : public Backend {
   Buffer packed_;         // token tiles of the product at hand
   Buffer packed_hidden_;  // token tiles between gate_up and down
   Buffer hidden_;         // fast: [n * k, I] what those are made of
+  Buffer states_;         // of rows that attention cuts: [rows][heads / group][chunks of the row][group * kStateFloats]
+  AttentionPlan attention_plan_;
   std::vector<Group> groups_;
   std::unique_ptr<std::atomic<int64_t>[]> experts_added_;  // [panels of an output] experts that have added to them
   std::vector<int64_t> expert_next_;                       // [E] where an expert's next slot is
@@ -295,26 +306,45 @@ void CpuBackend::rope_append(Mat<float> q, const KvLayer& cache, Mat<const float
 }
 
 void CpuBackend::attention(Mat<float> out, Mat<const float> q, const KvLayer& cache, const float* sinks, int64_t kv_heads) {
-  const int64_t group = q.cols / kHeadDim / kv_heads;
-  pool_.run(q.rows * kv_heads, [&](int64_t unit, int) {
-    const int64_t row = unit / kv_heads, kv_head = unit % kv_heads, position = batch_->positions[row];
-    const PageList& pages = pages_of(row, cache);
+  const int64_t heads = q.cols / kHeadDim, group = heads / kv_heads, head_bytes = kPageTokens * kHeadDim * 2;
+  const AttentionPlan& plan = attention_plan_;
+  attention_plan_.make(batch_->positions.data(), q.rows, cache.window, kv_heads, pool_.size());
+  const size_t bytes = plan.n_states() * heads * kStateFloats * sizeof(float);
+  if (bytes > states_.bytes())
+    FAIL("attention needs ", bytes, " bytes of work space where ", states_.bytes(), " were reserved");
+
+  // Calls the kernel for kMaxGroup query heads at a time, with the keys of chunks [begin, end) of row i.
+  const auto each_group = [&](int64_t i, int64_t kv_head, int64_t begin, int64_t end, const auto& kernel) {
+    const AttentionRow& row = plan.rows()[i];
+    const PageList& pages = pages_of(i, cache);
     AttentionArgs args;
-    args.keys = static_cast<const uint8_t*>(cache.keys) + kv_head * kPageTokens * kHeadDim * 2;
-    args.values = static_cast<const uint8_t*>(cache.values) + kv_head * kPageTokens * kHeadDim * 2;
+    args.keys = static_cast<const uint8_t*>(cache.keys) + kv_head * head_bytes;
+    args.values = static_cast<const uint8_t*>(cache.values) + kv_head * head_bytes;
     args.page_bytes = page_bytes(kv_heads);
     args.pages = pages.pages.data();
     args.first_page = pages.first_page;
-    args.end_key = position + 1;
-    args.first_key = cache.window ? std::max<int64_t>(0, args.end_key - cache.window) : 0;
+    args.first_key = std::max(row.first_key, (row.first_chunk + begin) * kChunkKeys);
+    args.end_key = std::min(row.end_key, (row.first_chunk + end) * kChunkKeys);
     for (int64_t first = 0; first < group; first += kMaxGroup) {
       const int64_t head = kv_head * group + first;
       args.group = std::min(kMaxGroup, group - first);
-      args.q = q.row(row) + head * kHeadDim;
-      args.out = out.row(row) + head * kHeadDim;
+      args.q = q.row(i) + head * kHeadDim;
+      args.out = out.row(i) + head * kHeadDim;
       args.sinks = sinks + head;
-      kernels_.attention(args);
+      args.states = states_.as<float>() + (row.first_state * heads + row.n_chunks * head + begin * args.group) * kStateFloats;
+      kernel(args);
     }
+  };
+  pool_.run(plan.n_units(), [&](int64_t i, int) {
+    const AttentionUnit unit = plan.unit(i);
+    const AttentionRow& row = plan.rows()[unit.row];
+    each_group(unit.row, unit.kv_head, tile_start(row.n_chunks, row.parts, unit.part),
+               tile_start(row.n_chunks, row.parts, unit.part + 1),
+               row.parts == 1 ? kernels_.attention : kernels_.attention_states);
+  });
+  pool_.run(std::ssize(plan.cut_rows()) * kv_heads, [&](int64_t i, int) {
+    const int64_t row = plan.cut_rows()[i / kv_heads];
+    each_group(row, i % kv_heads, 0, plan.rows()[row].n_chunks, kernels_.attention_join);
   });
 }
 

@@ -26,8 +26,9 @@
 namespace gptoss::cpu {
 
 inline constexpr int64_t kPanelRows = 32;
-inline constexpr int64_t kMaxGroup = 8;     // query heads of one attention call
-inline constexpr int64_t kChunkKeys = 256;  // keys of one partial softmax, aligned to absolute positions
+inline constexpr int64_t kMaxGroup = 8;      // query heads of one attention call
+inline constexpr int64_t kChunkKeys = 256;   // keys of one partial softmax, aligned to absolute positions
+inline constexpr int64_t kStateFloats = 66;  // what a chunk comes to for one query head: weighted values, maximum, sum
 
 constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 constexpr int64_t bf16_panel_bytes(int64_t cols) { return cols * kPanelRows * 2; }
@@ -93,6 +94,7 @@ struct AttentionArgs {
   int64_t first_page = 0;
   int64_t first_key = 0;
   int64_t end_key = 0;
+  float* states = nullptr;  // [chunks that these keys lie in][group * kStateFloats]
 };
 
 struct KernelTable {
@@ -125,6 +127,9 @@ struct KernelTable {
   // Writes one head's key (rounded) as key `slot` of a page, [8][32 pairs][16 keys][2], and its value, [128][64].
   void (*append)(uint16_t* key_page, uint16_t* value_page, int64_t slot, const float* key, const float* value);
   void (*attention)(const AttentionArgs& args);
+  // The same in two: states of chunks, for all keys or for whole chunks of them; then what those of all keys come to.
+  void (*attention_states)(const AttentionArgs& args);
+  void (*attention_join)(const AttentionArgs& args);
 };
 
 }  // namespace gptoss::cpu
