@@ -1,8 +1,9 @@
 """Draws what the benchmarks measured: docs/performance-ops.svg and docs/performance-speed.svg.
 
-    bench_ops --benchmark_format=json > ops.json
+    bench_ops --benchmark_format=json > exact.json
+    bench_ops --precision=fast --benchmark_format=json > fast.json
     bench_forward --prompt 128,512,2048 --context 0,2048,8192 --json > forward.jsonl
-    python bench/plot.py --ops ops.json --forward forward.jsonl [--compare compare.json]
+    python bench/plot.py --ops exact.json fast.json --forward forward.jsonl [--compare compare.json]
 
 Each figure is drawn from the files given for it.
 """
@@ -48,26 +49,29 @@ def parse_name(name: str) -> dict[str, str]:
     return {"op": op, "shape": shape, "isa": isa} | keys
 
 
-def read_ops(path: Path, shape: str, isa: str) -> tuple[Lines, Lines, str]:
-    """Percent of limit by tokens: of products, of attention; and what the rows were measured on."""
-    products: Lines = defaultdict(lambda: defaultdict(list))
-    attention: Lines = defaultdict(lambda: defaultdict(list))
+def read_ops(paths: list[Path], shape: str, isa: str) -> tuple[dict[str, Lines], str]:
+    """Percent of limit by tokens, of a panel each: products of a precision, and attention (which
+    the precisions share); and what the rows were measured on."""
+    panels: dict[str, Lines] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     threads = ""
-    for row in json.loads(path.read_text(encoding="utf-8"))["benchmarks"]:
+    rows = [row for path in paths for row in json.loads(path.read_text("utf-8"))["benchmarks"]]
+    for row in rows:
         key = parse_name(row["name"])
         if row.get("run_type") != "iteration" or "percent" not in row:
             continue
         if (key["shape"], key["isa"]) != (shape, isa):
             continue
-        lines, label, threads = products, key["op"], key["threads"]
+        panel, label, threads = "products, exact", key["op"], key["threads"]
+        if key.get("precision") == "fast":
+            panel = "products, fast"
         if key["op"] == "attention":
-            lines, label = attention, f"context {key['context']}"
+            panel, label = "attention", f"context {key['context']}"
             label += f", window {key['window']}" if key["window"] != "0" else ""
             label += SEQUENCES if key["sequences"] != "1" else ""
-        lines[label][int(key["tokens"])].append(row["percent"])
-    if not products and not attention:
-        raise SystemExit(f"{path} has no rows of {shape} with {isa}")
-    return products, attention, f"{shape}, {isa}, {threads} threads"
+        panels[panel][label][int(key["tokens"])].append(row["percent"])
+    if not panels:
+        raise SystemExit(f"{', '.join(map(str, paths))}: no rows of {shape} with {isa}")
+    return panels, f"{shape}, {isa}, {threads} threads"
 
 
 def read_forward(path: Path) -> tuple[Lines, Lines]:
@@ -128,7 +132,7 @@ def save(figure: Any, path: Path) -> None:
 def main() -> None:
     """Draws the figures whose files are given."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("--ops", type=Path, help="JSON of bench_ops")
+    parser.add_argument("--ops", type=Path, nargs="+", help="JSON of bench_ops, a file a precision")
     parser.add_argument("--shape", default="20b", help="of --ops")
     parser.add_argument("--isa", default="avx512bf16", help="of --ops")
     parser.add_argument("--forward", type=Path, help="JSON rows of bench_forward")
@@ -137,13 +141,15 @@ def main() -> None:
     arguments = parser.parse_args()
     pyplot.rcParams.update(STYLE)
     if arguments.ops:
-        products, attention, measured = read_ops(arguments.ops, arguments.shape, arguments.isa)
-        figure, panels = pyplot.subplots(1, 2, figsize=(10, 4.6), sharey=True)
-        percent = "percent of this machine's limit"
-        draw(panels[0], products, f"operations: {measured}", "tokens", percent)
-        draw(panels[1], attention, f"attention: {measured}", "tokens", "")
-        for panel in panels:
-            panel.axhline(100, color="#808080", linewidth=1, marker="")
+        panels, measured = read_ops(arguments.ops, arguments.shape, arguments.isa)
+        figure, axes = pyplot.subplots(
+            1, len(panels), squeeze=False, figsize=(4.6 * len(panels), 4.6), sharey=True
+        )
+        for axis, name in zip(axes.flat, sorted(panels, reverse=True), strict=True):
+            draw(axis, panels[name], f"{name} ({measured})", "tokens", "")
+            axis.axhline(100, color="#808080", linewidth=1, marker="")
+        axes[0, 0].set_ylim(0, 105)
+        axes[0, 0].set_ylabel("percent of this machine's limit")
         save(figure, arguments.out / "performance-ops.svg")
     if arguments.forward or arguments.compare:
         prompt, decode = read_forward(arguments.forward) if arguments.forward else ({}, {})
