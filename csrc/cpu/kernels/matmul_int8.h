@@ -85,7 +85,7 @@ static void int8_panel_times_tile(float* totals, const Panel& panel, const uint8
       UNROLL for (int h = 0; h < kInt8Halves; ++h) {
         const F32 weight_scales = Panel::scales(panel, block, half + h);
         UNROLL for (int t = 0; t < T; ++t) running[h][t] =
-            fma(to_float(sums[h][t]), Panel::times(weight_scales, scales[t]), running[h][t]);
+            fma(to_float<W>(sums[h][t]), Panel::times(weight_scales, scales[t]), running[h][t]);
       }
     }
     UNROLL for (int h = 0; h < kInt8Halves; ++h) {

@@ -28,7 +28,7 @@ INLINE uint16_t weight_scale(float largest) {
   return (uint16_t)((bits + 0xFFFF) >> 16);
 }
 
-// One row's block of 32 weights; codes: [8 quads] of 4, `stride` bytes apart, plus 128.
+// One row's block of 32 weights; codes: [8 quads] of 4, `stride` bytes apart, plus kInt8Offset.
 INLINE uint16_t pack_int8_block(uint8_t* codes, int64_t stride, const uint16_t* source) {
   const F32 a = load_bf16(source), b = load_bf16(source + 16);
   const uint32_t bits = largest_bits(a, b);
@@ -41,7 +41,7 @@ INLINE uint16_t pack_int8_block(uint8_t* codes, int64_t stride, const uint16_t* 
     to_int8(rounded + 16, mul(b, inverse));
   }
   for (int64_t quad = 0; quad < 8; ++quad)
-    for (int64_t i = 0; i < 4; ++i) codes[quad * stride + i] = (uint8_t)(rounded[quad * 4 + i] + 128);
+    for (int64_t i = 0; i < 4; ++i) codes[quad * stride + i] = (uint8_t)(rounded[quad * 4 + i] + kInt8Offset);
   return finite ? scale : 0x7FC0;
 }
 
@@ -57,7 +57,7 @@ static void pack_int8_panel(uint8_t* panel, const uint16_t* source, int64_t n_ro
 // offset: what the weights' bytes have added to them.
 static void pack_tokens_int8(void* tile, const float* x, int64_t stride, const int32_t* rows, int64_t n, int64_t cols,
                              bool mxfp4) {
-  const int32_t offset = mxfp4 ? 12 : 128;
+  const int32_t offset = mxfp4 ? 12 : kInt8Offset;
   for (int64_t t = 0; t < n; ++t) {
     const float* in = x + (rows ? rows[t] : t) * stride;
     float start = 0.f;
@@ -74,7 +74,7 @@ static void pack_tokens_int8(void* tile, const float* x, int64_t stride, const i
         const int32_t sum = to_int8(codes, mul(a, inverse)) + to_int8(codes + 16, mul(b, inverse));
         __builtin_memcpy(&scale_bits, &scale, 4);
         if (mxfp4) scale_bits -= 128 << 23;
-        correction = -offset * sum;
+        correction = correction_of(codes, sum, offset);
       }
       __builtin_memcpy(block + 4 * t, &scale_bits, 4);
       __builtin_memcpy(block + 4 * (n + t), &correction, 4);
