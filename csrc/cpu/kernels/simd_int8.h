@@ -7,6 +7,7 @@
 //   start<W>     what a block's sums start from: the offset's part of them taken away beforehand
 //   add_bits     adds to the bits of a float32: a whole number << 23 multiplies by a power of two
 //   dot4         acc + the four products, lane by lane; integers, so exact in every set
+//   kInt8Tiles   tokens whose sums fit in registers; int8_halves(tokens): times 16 rows, or 32
 #pragma once
 #include "cpu/kernel_table.h"
 #include "simd.h"
@@ -21,7 +22,7 @@ namespace {
 #if defined(__AVX512BW__)
 // ------------------------------------------------------------------------------------------------------ AVX-512
 constexpr gptoss::cpu::TileSizes kInt8Tiles = {6, 8};
-constexpr int64_t kInt8Halves = 2;
+constexpr int64_t int8_halves(int64_t) { return 2; }
 constexpr int kInt8Offset = 128;
 using I32 = __m512i;
 using Quad = __m512i;
@@ -91,7 +92,7 @@ INLINE int32_t to_int8(int8_t* out, F32 x) {
 // from the offset's part taken away, and may wrap on the way: two instructions for four inputs (vpaddw), and vpmaddwd once a
 // block. int8: weights' signs move over to the tokens (127 x 127 x 2, and no offset): vpsignb, vpmaddubsw, vpmaddwd and vpaddd.
 constexpr gptoss::cpu::TileSizes kInt8Tiles = {6, 6};
-constexpr int64_t kInt8Halves = 1;
+constexpr int64_t int8_halves(int64_t tokens) { return tokens <= 2 ? 2 : 1; }
 constexpr int kInt8Offset = 0;
 struct I32 {  // CodeWeights: pairs of int16
   __m256i lo, hi;
@@ -188,7 +189,7 @@ INLINE int32_t to_int8(int8_t* out, F32 x) {
 #else
 // ------------------------------------------------------------------------------------------------- any processor
 constexpr gptoss::cpu::TileSizes kInt8Tiles = {4, 4};
-constexpr int64_t kInt8Halves = 1;
+constexpr int64_t int8_halves(int64_t) { return 1; }
 constexpr int kInt8Offset = 128;
 struct I32 {
   int32_t v[16];
