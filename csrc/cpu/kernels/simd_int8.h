@@ -87,17 +87,56 @@ INLINE int32_t to_int8(int8_t* out, F32 x) {
 
 #elif defined(__AVX2__)
 // --------------------------------------------------------------------------------------------------------- AVX2
+struct I32 {
+  __m256i lo, hi;
+};
+using Quad = __m256i;
+INLINE __m256 exponents8(__m128i bytes) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu8_epi32(bytes), 23)); }
+INLINE F32 load_exponents(const uint8_t* p) {
+  const __m128i bytes = _mm_loadu_si128((const __m128i*)p);
+  return {exponents8(bytes), exponents8(_mm_srli_si128(bytes, 8))};
+}
+INLINE __m256 add_bits(__m256 x, __m256i n) { return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), n)); }
+INLINE F32 add_bits(F32 x, int32_t n) { return {add_bits(x.lo, _mm256_set1_epi32(n)), add_bits(x.hi, _mm256_set1_epi32(n))}; }
+INLINE Quad load_quad(const int8_t* p) {
+  int32_t word;
+  __builtin_memcpy(&word, p, 4);
+  return _mm256_set1_epi32(word);
+}
+
+constexpr gptoss::cpu::TileSizes kInt8Tiles = {6, 6};
+constexpr int64_t int8_halves(int64_t tokens) { return tokens <= 2 ? 2 : 1; }
+#if defined(__AVXVNNI__)
+constexpr int kInt8Offset = 128;
+struct CodeWeights {
+  __m256i lo, hi;
+};
+struct Int8Weights {
+  __m256i lo, hi;
+};
+template <class W>
+INLINE F32 to_float(I32 x) {
+  return {_mm256_cvtepi32_ps(x.lo), _mm256_cvtepi32_ps(x.hi)};
+}
+template <class W>
+INLINE I32 start(int32_t correction) {
+  const __m256i both = _mm256_set1_epi32(correction);
+  return {both, both};
+}
+template <class W>
+INLINE I32 dot4(I32 acc, const W& w, Quad t) {
+  return {_mm256_dpbusd_avx_epi32(acc.lo, w.lo, t), _mm256_dpbusd_avx_epi32(acc.hi, w.hi, t)};
+}
+INLINE Int8Weights load_int8(const uint8_t* p) {
+  return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))};
+}
+INLINE int32_t correction_of(const int8_t*, int32_t sum, int32_t offset) { return -offset * sum; }
+#else
 // vpmaddubsw multiplies and adds two products in 16 bits, with saturation: enough for two of codes (24 x 127 x 2).
 // Codes: 16 bits even hold what 16 inputs come to without the offset (12 x 127 x 16). So sums stay int16 for a block, start
 // from the offset's part taken away, and may wrap on the way: two instructions for four inputs (vpaddw), and vpmaddwd once a
 // block. int8: weights' signs move over to the tokens (127 x 127 x 2, and no offset): vpsignb, vpmaddubsw, vpmaddwd and vpaddd.
-constexpr gptoss::cpu::TileSizes kInt8Tiles = {6, 6};
-constexpr int64_t int8_halves(int64_t tokens) { return tokens <= 2 ? 2 : 1; }
 constexpr int kInt8Offset = 0;
-struct I32 {  // CodeWeights: pairs of int16
-  __m256i lo, hi;
-};
-using Quad = __m256i;
 struct CodeWeights {
   static constexpr bool kOffset = true;
   __m256i lo, hi;
@@ -110,20 +149,8 @@ struct Int8Weights {
 INLINE __m256i add_lanes(__m256i x) { return _mm256_madd_epi16(x, _mm256_set1_epi16(1)); }
 template <class W>
 INLINE F32 to_float(I32 x) {
-  if constexpr (W::kOffset) x = {add_lanes(x.lo), add_lanes(x.hi)};
+  if constexpr (W::kOffset) x = {add_lanes(x.lo), add_lanes(x.hi)};  // pairs of int16
   return {_mm256_cvtepi32_ps(x.lo), _mm256_cvtepi32_ps(x.hi)};
-}
-INLINE __m256 exponents8(__m128i bytes) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu8_epi32(bytes), 23)); }
-INLINE F32 load_exponents(const uint8_t* p) {
-  const __m128i bytes = _mm_loadu_si128((const __m128i*)p);
-  return {exponents8(bytes), exponents8(_mm_srli_si128(bytes, 8))};
-}
-INLINE __m256 add_bits(__m256 x, __m256i n) { return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(x), n)); }
-INLINE F32 add_bits(F32 x, int32_t n) { return {add_bits(x.lo, _mm256_set1_epi32(n)), add_bits(x.hi, _mm256_set1_epi32(n))}; }
-INLINE Quad load_quad(const int8_t* p) {
-  int32_t word;
-  __builtin_memcpy(&word, p, 4);
-  return _mm256_set1_epi32(word);
 }
 template <class W>
 INLINE I32 start(int32_t correction) {
@@ -150,6 +177,15 @@ INLINE Int8Weights load_int8(const uint8_t* p) {
   const __m256i lo = _mm256_loadu_si256((const __m256i*)p), hi = _mm256_loadu_si256((const __m256i*)(p + 32));
   return {lo, hi, _mm256_abs_epi8(lo), _mm256_abs_epi8(hi)};
 }
+INLINE int32_t correction_of(const int8_t* codes, int32_t, int32_t offset) {
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8((char)offset), _mm256_loadu_si256((const __m256i*)codes));
+  __m128i n = _mm_add_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+  n = _mm_add_epi16(n, _mm_shuffle_epi32(n, 0x4E));
+  n = _mm_add_epi16(n, _mm_shuffle_epi32(n, 0xB1));
+  return _mm_cvtsi128_si32(_mm_sub_epi16(_mm_setzero_si128(), n));
+}
+#endif
+
 INLINE __m256i offset_codes(__m256i nibbles) {
   const __m256i table = _mm256_broadcastsi128_si256(_mm_setr_epi8(GPTOSS_OFFSET_CODES));
   return _mm256_shuffle_epi8(table, _mm256_and_si256(nibbles, _mm256_set1_epi8(15)));
@@ -167,13 +203,6 @@ INLINE uint32_t largest_bits(F32 a, F32 b) {
   n = _mm_max_epu32(n, _mm_shuffle_epi32(n, 0x4E));
   n = _mm_max_epu32(n, _mm_shuffle_epi32(n, 0xB1));
   return (uint32_t)_mm_cvtsi128_si32(n);
-}
-INLINE int32_t correction_of(const int8_t* codes, int32_t, int32_t offset) {
-  const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8((char)offset), _mm256_loadu_si256((const __m256i*)codes));
-  __m128i n = _mm_add_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
-  n = _mm_add_epi16(n, _mm_shuffle_epi32(n, 0x4E));
-  n = _mm_add_epi16(n, _mm_shuffle_epi32(n, 0xB1));
-  return _mm_cvtsi128_si32(_mm_sub_epi16(_mm_setzero_si128(), n));
 }
 INLINE int32_t to_int8(int8_t* out, F32 x) {
   const __m256i lo = _mm256_cvtps_epi32(x.lo), hi = _mm256_cvtps_epi32(x.hi), sum = _mm256_add_epi32(lo, hi);
