@@ -22,7 +22,7 @@ inline StepCost step_cost(const ModelConfig& c, int64_t rows, int64_t sequences,
   const double expert = 3 * H * static_cast<double>(c.intermediate_size), unembedding = H * static_cast<double>(c.vocab_size);
   const double met = E * (1 - std::pow(1 - k / E, n));
   StepCost cost;
-  const double weight = precision == Precision::kFast ? 34.0 / 32 : 2;  // bytes, of attention and unembedding
+  const double weight = precision == Precision::kFast ? 66.0 / 64 : 2;  // bytes, of attention and unembedding
   cost.bytes = logits > 0 ? weight * unembedding : 0;
   cost.flops = 2 * static_cast<double>(logits) * unembedding;
   const int64_t each = rows / sequences;

@@ -141,7 +141,7 @@ class Operation {
     for (int64_t i = 0; i < n; ++i) weights_.push_back(matrix(WeightFormat::kBf16, rows, cols));
     bias_ = activations(rows);
     out_ = backend_.allocate(n_ * rows * 4);
-    const int64_t weight_bytes = case_.precision == Precision::kFast ? rows * cols * 34 / 32 : rows * cols * 2;
+    const int64_t weight_bytes = case_.precision == Precision::kFast ? rows * cols * 66 / 64 : rows * cols * 2;
     cost_.bytes = static_cast<double>(weight_bytes + n_ * (cols + (add ? 2 : 1) * rows) * 4);
     cost_.dot_flops = 2.0 * static_cast<double>(n_ * rows * cols);
     call_ = [=, this](int64_t i) {

@@ -84,7 +84,7 @@ enum class WeightFormat {
   kTable,  // bfloat16 rows to look up (embedding) or to multiply in float32 (router)
   kBf16,   // bfloat16 matrix of a product
   kMxfp4,  // MXFP4 matrices of a product, one per expert
-  kInt8,   // what the CPU makes of kBf16 for the precision "fast": int8, 32 inputs of a row to a scale
+  kInt8,   // what the CPU makes of kBf16 for the precision "fast": int8, 64 inputs of a row to a scale
 };
 
 // Which rows belong together: a backend may lay them side by side, so that whoever has the one has the other.

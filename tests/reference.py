@@ -58,7 +58,8 @@ class Precision:
     sums: type of the residual stream, norms, softmax, router, and of the sums of matrix products.
     operands: type that activations are rounded to before a matrix product (not the router's), and
         that q, k and v are rounded to after the rotation. Weights are not rounded.
-    int8: matrix products take activations and bfloat16 weights (not the router's) as int8 instead.
+    int8: matrix products take activations and bfloat16 weights (not the router's) as int8 instead,
+        64 inputs to a scale; activations of expert weights 32, as MXFP4 has it.
     """
 
     sums: torch.dtype
@@ -69,14 +70,15 @@ class Precision:
         """x as an operand of a matrix product, held in the type of the sums."""
         return x.to(self.operands).to(self.sums)
 
-    def activations(self, x: Tensor) -> Tensor:
-        """The left operand x [n, K] of a product with a weight matrix."""
-        return int8_rounded(x).to(self.sums) if self.int8 else self.round(x)
+    def activations(self, x: Tensor, weight: Tensor) -> Tensor:
+        """The left operand x [n, K] of a product with a weight matrix as `matrix` takes it."""
+        block = 64 if weight.dtype == torch.bfloat16 else 32
+        return int8_rounded(x, block).to(self.sums) if self.int8 else self.round(x)
 
     def matrix(self, weight: Tensor) -> Tensor:
         """The matrix [M, K] of a product; expert weights come decoded, hence not as bfloat16."""
         if self.int8 and weight.dtype == torch.bfloat16:
-            weight = int8_rounded(weight.float(), scales_in_bfloat16=True)
+            weight = int8_rounded(weight.float(), 64, scales_in_bfloat16=True)
         return weight.to(self.sums)
 
 
@@ -86,18 +88,19 @@ ENGINE = Precision(sums=torch.float32, operands=torch.bfloat16)
 FAST = Precision(sums=torch.float32, operands=torch.bfloat16, int8=True)
 
 
-def int8_rounded(x: Tensor, scales_in_bfloat16: bool = False) -> Tensor:
-    """Each 32 numbers of a row as integers from -127 to 127 times a scale, their largest magnitude
+def int8_rounded(x: Tensor, block: int, scales_in_bfloat16: bool = False) -> Tensor:
+    """Each `block` numbers of a row (the last may have fewer) as integers from -127 to 127 times a scale, their largest magnitude
     / 127 (as bfloat16: rounded up). Blocks below 2^-50 are zeros.
     float32 [n, K] -> float64 [n, K], what they then stand for."""
-    blocks = x.float().unflatten(-1, (-1, 32))
+    padded = torch.nn.functional.pad(x.float(), (0, -x.shape[-1] % block))
+    blocks = padded.unflatten(-1, (-1, block))
     largest = blocks.abs().amax(-1, keepdim=True)
     scale, inverse = largest / 127, torch.tensor(127.0) / largest
     if scales_in_bfloat16:
         scale = ((scale.view(torch.int32) + 0xFFFF) & -0x10000).view(torch.float32)
         inverse = 1 / scale
     codes = torch.where(largest >= 2.0**-50, (blocks * inverse).round(), 0.0)
-    return (codes.double() * scale.double()).flatten(-2)
+    return (codes.double() * scale.double()).flatten(-2)[..., : x.shape[-1]]
 
 
 def embed(tokens: Tensor, table: Tensor, precision: Precision = EXACT) -> Tensor:
@@ -112,7 +115,7 @@ def rmsnorm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, precision: Precision = EXACT) -> Tensor:
     """x [n, K], weight [M, K], bias [M] -> [n, M]."""
-    y = precision.activations(x) @ precision.matrix(weight).T
+    y = precision.activations(x, weight) @ precision.matrix(weight).T
     return y if bias is None else y + bias.to(precision.sums)
 
 

@@ -29,12 +29,15 @@ class ScriptedSequence:
     """The cache of one sequence: its tokens."""
 
     def __init__(self, core: ScriptedCore) -> None:
-        self._core = core
+        self._core: ScriptedCore | None = core  # None: closed
         self.tokens: list[int] = []
         self.n_prompt: int | None = None  # once the answer has begun
         self.n_pages = 0
-        self.closed = False
         core.sequences.add(self)
+
+    @property
+    def closed(self) -> bool:
+        return self._core is None
 
     @property
     def length(self) -> int:
@@ -42,7 +45,7 @@ class ScriptedSequence:
 
     def reuse(self, tokens: Sequence[int]) -> int:
         """Whole pages that some earlier sequence began with."""
-        assert not self.tokens and not self.closed
+        assert not self.tokens and self._core is not None
         page = self._core.page_tokens
         n_pages = 0
         while (n_pages + 1) * page < len(tokens):
@@ -57,9 +60,10 @@ class ScriptedSequence:
         del self.tokens[length:]
 
     def close(self) -> None:
-        self.closed = True
+        core, self._core = self._core, None
         self.n_pages = 0
-        self._core.sequences.discard(self)
+        if core is not None:
+            core.sequences.discard(self)
 
 
 class ScriptedCore:

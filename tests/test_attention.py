@@ -11,7 +11,7 @@ from errors import assert_same_rounding
 from gptoss import _gptoss
 from op_cases import THREADS, assert_bitwise, normal, random_qkv, run_attention, seeded
 from reference import ENGINE, EXACT
-from small_models import make_ops, small
+from small_models import DEVICE, make_ops, small
 from torch import Tensor
 
 # query heads, key/value heads
@@ -78,6 +78,57 @@ def test_attention_in_long_sequences(ops: _gptoss.Ops) -> None:
     plain = reference.attention(qkv, sinks, 0, config, ENGINE)
     exact = reference.attention(qkv, sinks, 0, config, EXACT)
     assert_same_rounding(together, plain, exact, share=0.05)
+
+
+@pytest.mark.parametrize(
+    "positions, window, kv_heads, threads, parts",
+    (
+        ([8191], 0, 8, 1, [1]),
+        ([8191], 0, 8, 2, [1]),  # 8 heads for 2 threads
+        ([8191], 0, 8, 3, [2]),
+        ([8191], 0, 8, 16, [8]),
+        ([8192], 0, 1, 64, [17]),  # 33 chunks, no part of more than 2
+        ([511], 0, 1, 64, [1]),
+        ([512], 0, 1, 64, [2]),
+        ([131071], 128, 1, 64, [1]),
+        ([131071] * 4, 0, 8, 8, [1] * 4),
+        ([131071] * 3, 0, 8, 8, [2] * 3),
+        ([131071] + [1023] * 31, 0, 8, 16, [7] + [1] * 31),
+        (list(range(131072 - 512, 131072)), 0, 8, 64, [1] * 512),
+    ),
+)
+def test_attention_parts(
+    positions: list[int], window: int, kv_heads: int, threads: int, parts: list[int]
+) -> None:
+    """Rows are cut where there are too few of them for the threads, or one is much the longest."""
+    assert _gptoss.attention_parts(positions, window, kv_heads, threads) == parts
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="threads are of the CPU backend")
+@pytest.mark.parametrize(
+    "heads, kv_heads, window, lengths, chunk",
+    (
+        (4, 1, 0, (1030,), 1),  # every length, among them those around the borders of 256 keys
+        (4, 1, 600, (1030,), 1),
+        (12, 1, 0, (520, 900, 769), 1),
+        (2, 1, 0, (1025, 1026, 1030), 512),  # 1, 2 and 6 rows in the last round
+        (3, 3, 0, (2305,), 2304),
+    ),
+)
+def test_attention_cut_for_threads(
+    isa: str, heads: int, kv_heads: int, window: int, lengths: tuple[int, ...], chunk: int
+) -> None:
+    """A row whose keys are computed in parts, by several threads, has the bits of one thread, which
+    computes them in one piece."""
+    config, qkv, sinks, plain, exact = attention_case(heads, kv_heads, window, lengths)
+    assert _gptoss.attention_parts([max(lengths) - 1], window, kv_heads, 3)[0] > 1
+
+    def run(threads: int) -> Tensor:
+        return run_attention(make_ops(isa, threads), qkv, lengths, sinks, window, config, chunk)
+
+    one = run(1)
+    assert_same_rounding(one, plain, exact, share=0.05)
+    assert_bitwise([one, *(run(threads) for threads in (3, 8, 16))])
 
 
 @pytest.mark.parametrize("chunk", (1, 64))

@@ -3,9 +3,11 @@
 On a scripted core, whose answers and failures are given; test_engine_results.py has a real one.
 """
 
+import gc
 import signal
 import threading
 import time
+import weakref
 from collections.abc import Callable
 
 import numpy
@@ -279,6 +281,27 @@ def test_a_failing_step_ends_those_that_ran() -> None:
             engine.wait([generation])
     finish(engine)
     assert said(waits) == expected(waits)
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, _gptoss.CannotSample])
+def test_a_failed_generation_does_not_keep_the_core(kind: type[Exception]) -> None:
+    """Its error stays with it, the core goes with the engine, no garbage collector needed."""
+    core = Core()
+    engine = Engine(core, None)
+    failed, goes_on = engine.submit(request(1)), engine.submit(request(2))
+    core.fail = kind("no")
+    core.fail.item = 0  # which, for CannotSample
+    with pytest.raises(kind):
+        engine.wait([failed])
+    assert (goes_on.error is None) == (kind is _gptoss.CannotSample)
+    gone = weakref.ref(core)
+    gc.disable()
+    try:
+        engine.close()
+        del core
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_what_cannot_be_drawn_ends_one() -> None:

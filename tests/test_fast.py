@@ -75,8 +75,9 @@ def test_error_is_half_a_step(isa: str) -> None:
     weight = (normal(70, 352, generator=generator) * torch.logspace(3, -3, 352)).bfloat16()
 
     def half_step(matrix: Tensor) -> Tensor:
-        largest = matrix.double().abs().unflatten(-1, (-1, 32)).amax(-1)
-        return largest.repeat_interleave(32, -1) / 127 / 2
+        padded = torch.nn.functional.pad(matrix.double().abs(), (0, -matrix.shape[-1] % 64))
+        largest = padded.unflatten(-1, (-1, 64)).amax(-1)
+        return largest.repeat_interleave(64, -1)[:, : matrix.shape[-1]] / 127 / 2
 
     x_error, weight_error = half_step(x), half_step(weight) * (1 + 2**-7)  # bfloat16 scales
     size = x.double().abs()
@@ -240,13 +241,13 @@ def test_same_bits_however_it_is_fed(forced_isa: str) -> None:
 
 @cpu_only
 def test_weights_are_smaller() -> None:
-    """Attention and unembedding weights take 8.5 bits instead of 16."""
+    """Attention and unembedding weights take 8.25 bits instead of 16."""
     config = small(1, hidden_size=1024, vocab_size=65536)
     kinds = {}
     for precision in ("exact", "fast"):
         core = _gptoss.Core(_gptoss.Config(**core_fields(config)), precision=precision)
         kinds[precision] = core.memory()["weights"]
-    assert kinds["exact"] - kinds["fast"] >= 0.9 * 65536 * 1024 * 7.5 / 8
+    assert kinds["exact"] - kinds["fast"] >= 0.9 * 65536 * 1024 * 7.75 / 8
 
 
 def test_it_is_asked_for_by_name(tiny_path) -> None:

@@ -192,6 +192,33 @@ def test_threads_do_not_matter(forced_isa: str, config: Config) -> None:
         assert_same_bits(core_logits(core, tokens[:40], chunk=1), one[:40])
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="threads are of the CPU backend")
+def test_threads_share_a_long_context(forced_isa: str) -> None:
+    """Sequences of very different lengths, token by token: more threads than key/value heads. Their
+    work space is planned."""
+    config, lengths = small(2, n_heads=4, n_kv_heads=2), (1400, 300, 3)
+    tensors, tokens = random_tensors(config), random_tokens(1410, config)
+
+    def run(threads: int) -> tuple[Tensor, int]:
+        core = make_core(config, tensors, threads=threads, max_context=1410)
+        sequences = [core.new_sequence() for _ in lengths]
+        for sequence, n in zip(sequences, lengths, strict=True):
+            for part in tokens[:n].split(core.max_batch_tokens):
+                feed(core, [(sequence, part)])
+        steps = [
+            feed(core, [(s, tokens[n + i :][:1]) for s, n in zip(sequences, lengths, strict=True)])
+            for i in range(3)
+        ]
+        return torch.cat([row for step in steps for row in step]), core.memory()["workspace"]
+
+    one, planned = run(1)
+    for threads in (3, 16):
+        logits, more = run(threads)
+        assert_same_bits(logits, one)
+        rows = (4 * threads - 1) // config.n_kv_heads
+        assert more - planned == rows * 6 * config.n_heads * 66 * 4  # 6 chunks of 256 keys
+
+
 def test_truncated_sequence_continues(config: Config) -> None:
     """After truncate(n), other tokens follow as if what was cut had never been there. What a window
     layer no longer keeps cannot be returned to, except to the start."""

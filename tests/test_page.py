@@ -80,7 +80,7 @@ def test_files() -> None:
         assert not re.search(r"\son\w+=|\sstyle=|<style|https?://", page.text)
         assert not re.search(r"<script(?![^>]*\ssrc=)", page.text)
         files = set(re.findall(r'(?:src|href)="([^"#]+)"', page.text))
-        assert {"page/style.css", "page/app.js", "page/theme.js"} <= files
+        assert {"page/style.css", "page/conversation.css", "page/app.js", "page/theme.js"} <= files
         while files:
             name = files.pop()
             answer = await client.get(f"/{name}")

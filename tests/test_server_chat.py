@@ -163,8 +163,10 @@ def test_no_call_without_a_tool(client: Any, say: Callable) -> None:
     choice = ask(client)
     assert choice.message.tool_calls is None and choice.finish_reason == "stop"
     assert choice.message.content == '{"city": "Paris"}'
-    choice = ask(client, tools=[TOOL], tool_choice="none", max_tokens=40)
+    fields = {"tools": [TOOL], "tool_choice": "none", "temperature": 0, "max_tokens": 40}
+    choice = ask(client, **fields)
     assert choice.message.tool_calls is None
+    assert choice.finish_reason == "length"  # <|call|> has not come, nor anything else that ends it
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,13 @@ def stream(served: Scripted, body: dict[str, Any], path: str = "/v1/completions"
     return exchange(served.app, work)
 
 
+@pytest.mark.parametrize("body", [{}, {"max_tokens": None}], ids=["left out", "null"])
+def test_length_where_none_is_named(served: Scripted, body: dict[str, Any]) -> None:
+    answer = post(served, {"prompt": "Hello", **body})
+    assert answer["choices"][0]["finish_reason"] == "length"
+    assert answer["usage"]["completion_tokens"] == 16
+
+
 def test_a_text_is_continued(served: Scripted) -> None:
     answer = post(served, {"model": NAME, "prompt": "Hello", "max_tokens": 100})
     assert answer["object"] == "text_completion" and answer["model"] == NAME
@@ -182,7 +189,7 @@ def test_a_long_prompt_is_scored_in_chunks(served: Scripted) -> None:
 
 def test_sampling_fields_reach_the_sampler(served: Scripted) -> None:
     first = served.tokenizer.encode(TEXT)[0]
-    biased = {"prompt": "a", "max_tokens": 1, "logit_bias": {str(first): -100}}
+    biased = {"prompt": "a", "max_tokens": 1, "temperature": 0, "logit_bias": {str(first): -100}}
     neighbours = served.tokenizer.decode([neighbour(first, served.core.config.vocab_size)])
     assert post(served, biased)["choices"][0]["text"] == neighbours
     again = {"prompt": [first], "max_tokens": 1, "temperature": 0, "repetition_penalty": 10}

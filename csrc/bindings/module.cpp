@@ -6,6 +6,7 @@
 
 #include "bindings/bindings.h"
 #include "bindings/dlpack.h"
+#include "cpu/attention_plan.h"
 #include "cpu/isa.h"
 #include "model.h"
 
@@ -296,6 +297,15 @@ void bind_core(py::module_& m) {
       .def_property_readonly("max_sequences", &Model::max_sequences);
 }
 
+std::vector<int64_t> attention_parts(const std::vector<int32_t>& positions, int64_t window, int64_t kv_heads, int64_t threads) {
+  CHECK(kv_heads >= 1 && threads >= 1, "kv_heads and threads must be positive, not ", kv_heads, " and ", threads);
+  cpu::AttentionPlan plan;
+  plan.make(positions.data(), std::ssize(positions), window, kv_heads, threads);
+  std::vector<int64_t> parts;
+  for (const cpu::AttentionRow& row : plan.rows()) parts.push_back(row.parts);
+  return parts;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_gptoss, m) {
@@ -307,6 +317,8 @@ PYBIND11_MODULE(_gptoss, m) {
   bind_ops(m);
   m.def("isa_names", &cpu::isa_names, "Instruction sets this build has kernels for, plainest first.");
   m.def("supported_isas", &cpu::supported_isas, "Those of them this machine runs.");
+  m.def("attention_parts", &attention_parts, "positions"_a, "window"_a, "kv_heads"_a, "threads"_a,
+        "Into how many parts the CPU cuts the keys of rows at these positions, each, for tests.");
   m.def("active_isa", [] { return std::string(cpu::select_kernels("").name); }, "The one used now; GPTOSS_ISA forces one.");
   m.def("cuda_available", &cuda_available);
   m.def("build_info", [] {

@@ -121,8 +121,8 @@ class Ops {
     const uint16_t* matrix = weight_.data<uint16_t>(DType::BF16, {M, H});
     config.n_layers = 1;
     config.layer_windows = {window};
+    config.hidden_size = H;
     config.validate();
-    reserve(H, 32, 1, 1);
     Weight w = backend_->make_weight(WeightFormat::kBf16, 1, M, H, RowOrder::kRopePairs);
     for (const auto& [first, count] : {std::pair{int64_t{0}, config.q_size()}, std::pair{config.q_size(), config.kv_size()},
                                        std::pair{config.q_size() + config.kv_size(), config.kv_size()}})
@@ -208,6 +208,7 @@ class Ops {
     for (int64_t i = 0; i < n; ++i) end = std::max<int64_t>(end, ids[i] + 1);
     for (int64_t length : lengths) total += length;
     CHECK(total == n, "sequence_lengths: they add up to ", total, ", not ", n, " rows");
+    backend_->reserve(config, {kMaxRows, static_cast<int64_t>(lengths.size()), end});
     std::vector<float> cos(end * 32), sin(end * 32);
     fill_rope_table(config, 0, end, cos.data(), sin.data());
     const Buffer cos_ = put(cos), sin_ = put(sin);

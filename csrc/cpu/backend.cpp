@@ -1,14 +1,19 @@
 // The operations on the CPU: who does which rows. The arithmetic is in kernels/, once for each instruction set.
 //
 // Products are divided by output rows, never by inputs, and every output of a token is the work of one kernel call: so no
-// result depends on the number of threads or on the other tokens. Rows that several experts add to belong to one thread,
-// which takes the experts in order of their ids.
+// result depends on the number of threads or on the other tokens. Rows that several experts add to take the experts in order
+// of their ids. Attention over many keys may be the work of several calls (attention_plan.h); one joins what they leave, in a
+// fixed order.
 #include "backend.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
+#include <memory>
+#include <thread>
 
+#include "cpu/attention_plan.h"
 #include "cpu/isa.h"
 #include "cpu/memory.h"
 #include "cpu/threads.h"
@@ -41,20 +46,24 @@ class CpuBackend final : public Backend {
   }
   void synchronize() override {}
 
-  void reserve(const ModelConfig& config, const Limits&) override {
+  void reserve(const ModelConfig& config, const Limits& limits) override {
     const int64_t slots = max_tokens_ * config.experts_per_token;
+    const int64_t most_panels = ceil_div(std::max(config.hidden_size, 2 * config.intermediate_size), kPanelRows);
     packed_ = allocate_pages(packed_bytes(config));
     packed_hidden_ = allocate_pages(packed_hidden_bytes(config));
     if (fast_) hidden_ = allocate_pages(hidden_bytes(config));
+    states_ = allocate_pages(states_bytes(config, limits));
+    attention_plan_.reserve(max_tokens_);
     groups_.reserve(config.n_experts);
     expert_next_.resize(config.n_experts);
+    experts_added_ = std::make_unique<std::atomic<int64_t>[]>(most_panels);
     slot_tokens_.resize(slots);
     slot_weights_.resize(slots);
     router_logits_.resize(pool_.size() * config.n_experts);
   }
 
-  size_t workspace_bytes(const ModelConfig& config, const Limits&) override {
-    return packed_bytes(config) + packed_hidden_bytes(config) + hidden_bytes(config);
+  size_t workspace_bytes(const ModelConfig& config, const Limits& limits) override {
+    return packed_bytes(config) + packed_hidden_bytes(config) + hidden_bytes(config) + states_bytes(config, limits);
   }
 
   size_t weight_bytes(WeightFormat format, int64_t experts, int64_t rows, int64_t cols) const override;
@@ -100,24 +109,32 @@ class CpuBackend final : public Backend {
   WeightFormat held(WeightFormat format) const { return fast_ && format == WeightFormat::kBf16 ? WeightFormat::kInt8 : format; }
   size_t packed_bytes(const ModelConfig& config) const {
     const int64_t widest = std::max(config.hidden_size, config.q_size());
-    return max_tokens_ * std::max(token_bytes(widest), config.experts_per_token * token_bytes(config.hidden_size));
+    return max_tokens_ * std::max(token_bytes(widest, false), config.experts_per_token * token_bytes(config.hidden_size, true));
   }
   size_t packed_hidden_bytes(const ModelConfig& config) const {
-    return max_tokens_ * config.experts_per_token * token_bytes(config.intermediate_size);
+    return max_tokens_ * config.experts_per_token * token_bytes(config.intermediate_size, true);
   }
   size_t hidden_bytes(const ModelConfig& config) const {
     return fast_ ? max_tokens_ * config.experts_per_token * config.intermediate_size * sizeof(float) : 0;
+  }
+
+  size_t states_bytes(const ModelConfig& config, const Limits& limits) const {
+    const int64_t chunks = AttentionPlan::most_states(max_tokens_, limits.context, config.n_kv_heads, pool_.size());
+    return chunks * config.n_heads * kStateFloats * sizeof(float);
   }
 
   void product(Mat<float> out, Mat<const float> t, const Weight& weight, const float* bias, Epilogue epilogue);
   void group_by_expert(const Routing& top, int64_t n_experts);
   // Tokens of every expert as tiles: rows slot_tokens_ of t, or where `by_slot` row i of t is slot i.
   void pack_groups(const Buffer& packed, Mat<const float> t, bool by_slot);
-  MatmulArgs expert_product(const Weight& weight, const Group& group, const Buffer& packed) const;
+  template <class Finish>
+  void expert_products(const Weight& weight, const Buffer& packed, int64_t n_tokens, const Finish& finish);
   void swiglu_products(const ExpertWeights& experts, int64_t n_tokens);
   void down_products(Mat<float> x, const ExpertWeights& experts);
 
-  int64_t token_bytes(int64_t cols) const { return fast_ ? int8_token_bytes(cols) : cols * kernels_.packed_bytes; }
+  int64_t token_bytes(int64_t cols, bool mxfp4) const {
+    return fast_ ? int8_token_bytes(cols, mxfp4) : cols * kernels_.packed_bytes;
+  }
   void pack_tile(uint8_t* tile, Mat<const float> t, const int32_t* rows, int64_t n, bool mxfp4) const {
     if (fast_)
       kernels_.pack_tokens_int8(tile, t.data, t.cols, rows, n, t.cols, mxfp4);
@@ -146,11 +163,14 @@ class CpuBackend final : public Backend {
   Buffer packed_;         // token tiles of the product at hand
   Buffer packed_hidden_;  // token tiles between gate_up and down
   Buffer hidden_;         // fast: [n * k, I] what those are made of
+  Buffer states_;         // of rows that attention cuts: [rows][heads / group][chunks of the row][group * kStateFloats]
+  AttentionPlan attention_plan_;
   std::vector<Group> groups_;
-  std::vector<int64_t> expert_next_;  // [E] where an expert's next slot is
-  std::vector<int32_t> slot_tokens_;  // [n * k] rows of the batch, by expert
-  std::vector<float> slot_weights_;   // [n * k]
-  std::vector<float> router_logits_;  // [threads, E]
+  std::unique_ptr<std::atomic<int64_t>[]> experts_added_;  // [panels of an output] experts that have added to them
+  std::vector<int64_t> expert_next_;                       // [E] where an expert's next slot is
+  std::vector<int32_t> slot_tokens_;                       // [n * k] rows of the batch, by expert
+  std::vector<float> slot_weights_;                        // [n * k]
+  std::vector<float> router_logits_;                       // [threads, E]
 };
 
 // ------------------------------------------------------------------------------------------------------------ weights
@@ -240,7 +260,7 @@ void CpuBackend::product(Mat<float> out, Mat<const float> t, const Weight& weigh
   const bool mxfp4 = weight.format == WeightFormat::kMxfp4;
   pool_.run(tiles, [&](int64_t i, int) {
     const int64_t first = tile_start(n, tiles, i), count = tile_start(n, tiles, i + 1) - first;
-    pack_tile(packed_.as<uint8_t>() + first * token_bytes(t.cols), {t.row(first), count, t.cols}, nullptr, count, mxfp4);
+    pack_tile(packed_.as<uint8_t>() + first * token_bytes(t.cols, mxfp4), {t.row(first), count, t.cols}, nullptr, count, mxfp4);
   });
   MatmulArgs args;
   args.panels = weight.storage.as<uint8_t>();
@@ -258,6 +278,8 @@ void CpuBackend::product(Mat<float> out, Mat<const float> t, const Weight& weigh
     MatmulArgs mine = args;
     mine.first_panel = tile_start(panels, units, unit);
     mine.n_panels = tile_start(panels, units, unit + 1) - mine.first_panel;
+    if (const int64_t likely = unit + pool_.size(); likely < units)
+      mine.next = args.panels + tile_start(panels, units, likely) * panel_bytes(weight);
     multiply(mine);
   });
 }
@@ -284,26 +306,45 @@ void CpuBackend::rope_append(Mat<float> q, const KvLayer& cache, Mat<const float
 }
 
 void CpuBackend::attention(Mat<float> out, Mat<const float> q, const KvLayer& cache, const float* sinks, int64_t kv_heads) {
-  const int64_t group = q.cols / kHeadDim / kv_heads;
-  pool_.run(q.rows * kv_heads, [&](int64_t unit, int) {
-    const int64_t row = unit / kv_heads, kv_head = unit % kv_heads, position = batch_->positions[row];
-    const PageList& pages = pages_of(row, cache);
+  const int64_t heads = q.cols / kHeadDim, group = heads / kv_heads, head_bytes = kPageTokens * kHeadDim * 2;
+  const AttentionPlan& plan = attention_plan_;
+  attention_plan_.make(batch_->positions.data(), q.rows, cache.window, kv_heads, pool_.size());
+  const size_t bytes = plan.n_states() * heads * kStateFloats * sizeof(float);
+  if (bytes > states_.bytes())
+    FAIL("attention needs ", bytes, " bytes of work space where ", states_.bytes(), " were reserved");
+
+  // Calls the kernel for kMaxGroup query heads at a time, with the keys of chunks [begin, end) of row i.
+  const auto each_group = [&](int64_t i, int64_t kv_head, int64_t begin, int64_t end, const auto& kernel) {
+    const AttentionRow& row = plan.rows()[i];
+    const PageList& pages = pages_of(i, cache);
     AttentionArgs args;
-    args.keys = static_cast<const uint8_t*>(cache.keys) + kv_head * kPageTokens * kHeadDim * 2;
-    args.values = static_cast<const uint8_t*>(cache.values) + kv_head * kPageTokens * kHeadDim * 2;
+    args.keys = static_cast<const uint8_t*>(cache.keys) + kv_head * head_bytes;
+    args.values = static_cast<const uint8_t*>(cache.values) + kv_head * head_bytes;
     args.page_bytes = page_bytes(kv_heads);
     args.pages = pages.pages.data();
     args.first_page = pages.first_page;
-    args.end_key = position + 1;
-    args.first_key = cache.window ? std::max<int64_t>(0, args.end_key - cache.window) : 0;
+    args.first_key = std::max(row.first_key, (row.first_chunk + begin) * kChunkKeys);
+    args.end_key = std::min(row.end_key, (row.first_chunk + end) * kChunkKeys);
     for (int64_t first = 0; first < group; first += kMaxGroup) {
       const int64_t head = kv_head * group + first;
       args.group = std::min(kMaxGroup, group - first);
-      args.q = q.row(row) + head * kHeadDim;
-      args.out = out.row(row) + head * kHeadDim;
+      args.q = q.row(i) + head * kHeadDim;
+      args.out = out.row(i) + head * kHeadDim;
       args.sinks = sinks + head;
-      kernels_.attention(args);
+      args.states = states_.as<float>() + (row.first_state * heads + row.n_chunks * head + begin * args.group) * kStateFloats;
+      kernel(args);
     }
+  };
+  pool_.run(plan.n_units(), [&](int64_t i, int) {
+    const AttentionUnit unit = plan.unit(i);
+    const AttentionRow& row = plan.rows()[unit.row];
+    each_group(unit.row, unit.kv_head, tile_start(row.n_chunks, row.parts, unit.part),
+               tile_start(row.n_chunks, row.parts, unit.part + 1),
+               row.parts == 1 ? kernels_.attention : kernels_.attention_states);
+  });
+  pool_.run(std::ssize(plan.cut_rows()) * kv_heads, [&](int64_t i, int) {
+    const int64_t row = plan.cut_rows()[i / kv_heads];
+    each_group(row, i % kv_heads, 0, plan.rows()[row].n_chunks, kernels_.attention_join);
   });
 }
 
@@ -363,7 +404,7 @@ void CpuBackend::pack_groups(const Buffer& packed, Mat<const float> t, bool by_s
     for (int64_t i = 0; i < tiles; ++i) {
       const int64_t first = tile_start(group.n, tiles, i), count = tile_start(group.n, tiles, i + 1) - first;
       const int64_t slot = group.first + first;
-      uint8_t* tile = packed.as<uint8_t>() + slot * token_bytes(t.cols);
+      uint8_t* tile = packed.as<uint8_t>() + slot * token_bytes(t.cols, true);
       if (by_slot)
         pack_tile(tile, {t.row(slot), count, t.cols}, nullptr, count, true);
       else
@@ -372,55 +413,61 @@ void CpuBackend::pack_groups(const Buffer& packed, Mat<const float> t, bool by_s
   });
 }
 
-// The product of one expert's panels with its tokens.
-MatmulArgs CpuBackend::expert_product(const Weight& weight, const Group& group, const Buffer& packed) const {
-  MatmulArgs args;
-  args.panels = weight.storage.as<uint8_t>() + group.expert * ceil_div(weight.rows, kPanelRows) * panel_bytes(weight);
-  args.mxfp4 = true;
-  args.rows = weight.rows;
-  args.cols = weight.cols;
-  args.packed = packed.as<uint8_t>() + group.first * token_bytes(weight.cols);
-  args.n_tokens = group.n;
-  return args;
+// The products of all experts with their tokens. A unit is some panels of one expert, and units come expert after expert, so
+// that an expert's tokens stay in the caches of those at work on it. Rows that several experts add to take them in order of
+// their ids: a unit waits until the one with the same panels of the expert before is done, which was begun long ago.
+template <class Finish>
+void CpuBackend::expert_products(const Weight& weight, const Buffer& packed, int64_t n_tokens, const Finish& finish) {
+  const int64_t panels = ceil_div(weight.rows, kPanelRows), n_groups = static_cast<int64_t>(groups_.size());
+  const int64_t long_ago = 2 * pool_.size(),
+                parts = std::min(panels, std::max(long_ago, ceil_div(n_units(panels * n_groups, n_tokens), n_groups)));
+  const auto panels_of = [&](int64_t unit) {
+    return weight.storage.as<uint8_t>() + groups_[unit / parts].expert * panels * panel_bytes(weight);
+  };
+  for (int64_t i = 0; i < parts; ++i) experts_added_[i].store(0, std::memory_order_relaxed);
+  pool_.run(n_groups * parts, [&](int64_t unit, int) {
+    const int64_t g = unit / parts, part = unit % parts, likely = unit + pool_.size();
+    MatmulArgs args;
+    args.panels = panels_of(unit);
+    args.mxfp4 = true;
+    args.rows = weight.rows;
+    args.cols = weight.cols;
+    args.first_panel = tile_start(panels, parts, part);
+    args.n_panels = tile_start(panels, parts, part + 1) - args.first_panel;
+    if (likely < n_groups * parts)
+      args.next = panels_of(likely) + tile_start(panels, parts, likely % parts) * panel_bytes(weight);
+    args.packed = packed.as<uint8_t>() + groups_[g].first * token_bytes(weight.cols, true);
+    args.n_tokens = groups_[g].n;
+    finish(args, groups_[g]);
+    const bool adds = args.epilogue == Epilogue::kAdd;
+    while (adds && experts_added_[part].load(std::memory_order_acquire) != g) std::this_thread::yield();
+    multiply(args);
+    if (adds) experts_added_[part].store(g + 1, std::memory_order_release);
+  });
 }
 
 // Into packed_hidden_; fast: into hidden_, for a panel gives 16 inputs of the next product, and a scale takes 32.
 void CpuBackend::swiglu_products(const ExpertWeights& experts, int64_t n_tokens) {
-  const Weight& gate_up = *experts.gate_up;
-  const int64_t inner = gate_up.rows / 2, panels = ceil_div(gate_up.rows, kPanelRows);
-  const int64_t n_groups = static_cast<int64_t>(groups_.size());
-  const int64_t units = ceil_div(n_units(panels * n_groups, n_tokens), n_groups);  // of an expert
-  pool_.run(n_groups * units, [&](int64_t unit, int) {
-    const Group& group = groups_[unit / units];
-    MatmulArgs args = expert_product(gate_up, group, packed_);
-    args.first_panel = tile_start(panels, units, unit % units);
-    args.n_panels = tile_start(panels, units, unit % units + 1) - args.first_panel;
-    args.bias = experts.gate_up_bias + group.expert * gate_up.rows;
+  const int64_t rows = experts.gate_up->rows, inner = rows / 2;
+  expert_products(*experts.gate_up, packed_, n_tokens, [&](MatmulArgs& args, const Group& group) {
+    args.bias = experts.gate_up_bias + group.expert * rows;
     args.epilogue = Epilogue::kSwiglu;
-    args.packed_out = packed_hidden_.as<uint8_t>() + group.first * token_bytes(inner);
+    args.packed_out = packed_hidden_.as<uint8_t>() + group.first * token_bytes(inner, true);
     args.out = hidden_.as<float>() + group.first * inner;
     args.out_stride = inner;
     args.swiglu_limit = experts.swiglu_limit;
-    multiply(args);
   });
 }
 
 void CpuBackend::down_products(Mat<float> x, const ExpertWeights& experts) {
-  const Weight& down = *experts.down;
-  const int64_t panels = ceil_div(down.rows, kPanelRows), units = n_units(panels, x.rows);
-  pool_.run(units, [&](int64_t unit, int) {
-    for (const Group& group : groups_) {
-      MatmulArgs args = expert_product(down, group, packed_hidden_);
-      args.first_panel = tile_start(panels, units, unit);
-      args.n_panels = tile_start(panels, units, unit + 1) - args.first_panel;
-      args.bias = experts.down_bias + group.expert * down.rows;
-      args.epilogue = Epilogue::kAdd;
-      args.out = x.data;
-      args.out_stride = x.cols;
-      args.out_rows = slot_tokens_.data() + group.first;
-      args.out_weights = slot_weights_.data() + group.first;
-      multiply(args);
-    }
+  const int64_t rows = experts.down->rows;
+  expert_products(*experts.down, packed_hidden_, x.rows, [&](MatmulArgs& args, const Group& group) {
+    args.bias = experts.down_bias + group.expert * rows;
+    args.epilogue = Epilogue::kAdd;
+    args.out = x.data;
+    args.out_stride = x.cols;
+    args.out_rows = slot_tokens_.data() + group.first;
+    args.out_weights = slot_weights_.data() + group.first;
   });
 }
 

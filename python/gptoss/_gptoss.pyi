@@ -82,6 +82,9 @@ def isa_names() -> list[str]:
 def supported_isas() -> list[str]:
     """Those this machine can run."""
 
+def attention_parts(positions: list[int], window: int, kv_heads: int, threads: int) -> list[int]:
+    """Into how many parts the CPU cuts the keys of rows at these positions, each; for tests."""
+
 def active_isa() -> str:
     """The one in use: GPTOSS_ISA (ValueError if it names none of those) or else the best."""
 

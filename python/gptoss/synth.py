@@ -154,25 +154,16 @@ def synthesize(
         for spec in _gptoss.expected_tensors(config, layout)
     ]
     files = _plan_files(tensors, layout, shards, max_shard_bytes)
-    total = sum(tensor.nbytes for tensor in tensors)
     _check_destination(out, overwrite)
     out.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(out.parent).free
-    if free < total + SPARE_DISK_BYTES:
-        raise OSError(
-            errno.ENOSPC, f"the checkpoint takes {total} bytes, {free} are free", str(out)
-        )
+    _check_room(out, _total_bytes(files))
 
     partial = out.with_name(f".{out.name}.{os.getpid()}.partial")
     partial.mkdir()
     try:
         _write_json(partial / "config.json", values)
         _write_tokenizer(partial, chosen)
-        with byte_progress("Writing", total, progress) as advance:
-            for file, content in files.items():
-                _write_safetensors(partial / file, content, config, seed, advance)
-        if len(files) > 1:
-            _write_index(partial / "model.safetensors.index.json", files)
+        _write_weights(partial, files, config, seed, progress)
         _put_in_place(partial, out)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
@@ -319,6 +310,10 @@ def _plan_files(
     }
 
 
+def _total_bytes(files: dict[str, list[Tensor]]) -> int:
+    return sum(tensor.nbytes for content in files.values() for tensor in content)
+
+
 def _cut_by_size(tensors: list[Tensor], limit: int) -> list[list[Tensor]]:
     parts: list[list[Tensor]] = []
     size = limit
@@ -364,6 +359,14 @@ def _check_destination(out: Path, overwrite: bool) -> None:
             )
 
 
+def _check_room(out: Path, total: int) -> None:
+    free = shutil.disk_usage(out.parent).free
+    if free < total + SPARE_DISK_BYTES:
+        raise OSError(
+            errno.ENOSPC, f"the checkpoint takes {total} bytes, {free} are free", str(out)
+        )
+
+
 def _put_in_place(partial: Path, out: Path) -> None:
     """Renames the finished directory; what was at `out` goes only after that has worked."""
     if not out.exists():
@@ -406,10 +409,24 @@ def _write_tokenizer(directory: Path, tokenizer: _TokenizerFile) -> None:
     _write_json(directory / "tokenizer_config.json", names)
 
 
+def _write_weights(
+    directory: Path,
+    files: dict[str, list[Tensor]],
+    config: _gptoss.Config,
+    seed: int,
+    progress: Progress,
+) -> None:
+    """The files of `_plan_files`, with an index where there are several."""
+    with byte_progress("Writing", _total_bytes(files), progress) as advance:
+        for file, content in files.items():
+            _write_safetensors(directory / file, content, config, seed, advance)
+    if len(files) > 1:
+        _write_index(directory / "model.safetensors.index.json", files)
+
+
 def _write_index(path: Path, files: dict[str, list[Tensor]]) -> None:
-    total = sum(tensor.nbytes for content in files.values() for tensor in content)
     weight_map = {tensor.name: file for file, content in files.items() for tensor in content}
-    _write_json(path, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    _write_json(path, {"metadata": {"total_size": _total_bytes(files)}, "weight_map": weight_map})
 
 
 def _write_safetensors(

@@ -4,6 +4,9 @@
 // output 0. Keys are taken in chunks of 256 aligned to absolute positions: a chunk's scores (lanes are keys, the product is the
 // one of matmul.h with 16 keys as rows), its maximum, its exponentials, its weighted values; then it joins the running state.
 // Keys outside [first_key, end_key) are masked and their values never touched, so whatever lies there cannot leak.
+//
+// Either one call does all that, or several leave the states of some chunks each, and one joins them: the same functions on the
+// same chunks in the same order, so the same bits.
 #pragma once
 #include "cpu/kernel_table.h"
 #include "simd.h"
@@ -13,6 +16,7 @@ namespace {
 using gptoss::cpu::AttentionArgs;
 using gptoss::cpu::kChunkKeys;
 using gptoss::cpu::kMaxGroup;
+using gptoss::cpu::kStateFloats;
 
 constexpr int64_t kPage = 128, kDim = 64, kDimVectors = kDim / kLanes;
 constexpr float kScoreScale = 0.125f;  // 1 / sqrt(64)
@@ -74,12 +78,6 @@ static void weigh_values(float* values, const AttentionArgs& a, const float* p, 
   }
 }
 
-INLINE float exp1(float x) {
-  float v[16];
-  store(v, exp(set1(x)));
-  return v[0];
-}
-
 // scores -> exp(scores - maximum), their maximum and sum
 INLINE void chunk_softmax(float* scores, float* maximum, float* sum, int64_t first, int64_t n) {
   F32 m = set1(kMinusInfinity);
@@ -94,50 +92,120 @@ INLINE void chunk_softmax(float* scores, float* maximum, float* sum, int64_t fir
   *sum = sum_lanes(total);
 }
 
+// What the softmax over one chunk comes to.
 template <int T>
-static void attend(const AttentionArgs& a) {
-  alignas(64) float scores[T * kChunkKeys], values[T * kDim];
-  alignas(64) Packed q[T * kDim];
-  float maximum[T], sum[T];
-  pack_tokens(q, a.q, kDim, nullptr, T, kDim);
+struct ChunkState {
+  float values[T * kDim];  // [group][64] sum over keys of exp(score - maximum) * value
+  float maximum[T];
+  float sum[T];  // of exp(score - maximum)
+};
+
+// Of the chunk at `chunk`.    scores: [group][256], work space
+template <int T>
+INLINE void make_state(ChunkState<T>& state, float* scores, const AttentionArgs& a, const Packed* q, int64_t chunk) {
+  const int64_t begin = chunk > a.first_key ? chunk : a.first_key;
+  const int64_t end = chunk + kChunkKeys < a.end_key ? chunk + kChunkKeys : a.end_key;
+  chunk_scores<T>(scores, a, q, chunk, begin, end);
+  for (int64_t t = 0; t < T; ++t)
+    chunk_softmax(scores + t * kChunkKeys, state.maximum + t, state.sum + t, (begin & ~15) - chunk, end - chunk);
+  constexpr int kAtOnce = kHalves == 2 && T % 4 == 0 ? 4 : 1;  // heads whose sums fit in registers
+  for (int64_t t = 0; t < T; t += kAtOnce)
+    weigh_values<kAtOnce>(state.values + t * kDim, a, scores + t * kChunkKeys, chunk, begin, end);
+}
+
+// The softmax over the sink and all chunks so far; the sum of values is a.out.
+template <int T>
+struct Running {
+  float maximum[T];
+  float sum[T];
+};
+
+template <int T>
+INLINE void start(Running<T>& running, const AttentionArgs& a) {
   for (int64_t t = 0; t < T; ++t) {
-    maximum[t] = a.sinks[t];
-    sum[t] = 1.f;
+    running.maximum[t] = a.sinks[t];
+    running.sum[t] = 1.f;
     for (int64_t d = 0; d < kDim; ++d) a.out[t * kDim + d] = 0.f;
   }
-  for (int64_t chunk = a.first_key / kChunkKeys * kChunkKeys; chunk < a.end_key; chunk += kChunkKeys) {
-    const int64_t begin = chunk > a.first_key ? chunk : a.first_key;
-    const int64_t end = chunk + kChunkKeys < a.end_key ? chunk + kChunkKeys : a.end_key;
-    chunk_scores<T>(scores, a, q, chunk, begin, end);
-    float chunk_maximum[T], chunk_sum[T];
-    for (int64_t t = 0; t < T; ++t)
-      chunk_softmax(scores + t * kChunkKeys, chunk_maximum + t, chunk_sum + t, (begin & ~15) - chunk, end - chunk);
-    constexpr int kAtOnce = kHalves == 2 && T % 4 == 0 ? 4 : 1;  // heads whose sums fit in registers
-    for (int64_t t = 0; t < T; t += kAtOnce)
-      weigh_values<kAtOnce>(values + t * kDim, a, scores + t * kChunkKeys, chunk, begin, end);
-    for (int64_t t = 0; t < T; ++t) {
-      const float top = chunk_maximum[t] > maximum[t] ? chunk_maximum[t] : maximum[t];
-      const float keep = exp1(maximum[t] - top), join = exp1(chunk_maximum[t] - top);
-      for (int64_t d = 0; d < kDim; d += kLanes) {
-        float* out = a.out + t * kDim + d;
-        store(out, fma(set1(join), load(values + t * kDim + d), mul(set1(keep), load(out))));
-      }
-      sum[t] = sum[t] * keep + chunk_sum[t] * join;
-      maximum[t] = top;
-    }
-  }
-  for (int64_t t = 0; t < T; ++t)
-    for (int64_t d = 0; d < kDim; d += kLanes) store(a.out + t * kDim + d, div(load(a.out + t * kDim + d), set1(sum[t])));
 }
 
 template <int T>
-static void attend_group(const AttentionArgs& a) {
-  if constexpr (T > 0) {
-    if (a.group == T) return attend<T>(a);
-    attend_group<T - 1>(a);
+INLINE void join(Running<T>& running, const AttentionArgs& a, const ChunkState<T>& state) {
+  static_assert(2 * T <= kLanes);
+  float factors[kLanes] = {};  // of the running state, then of the chunk
+  for (int64_t t = 0; t < T; ++t) {
+    const float top = state.maximum[t] > running.maximum[t] ? state.maximum[t] : running.maximum[t];
+    factors[t] = running.maximum[t] - top;
+    factors[T + t] = state.maximum[t] - top;
+    running.maximum[t] = top;
+  }
+  store(factors, exp(load(factors)));
+  for (int64_t t = 0; t < T; ++t) {
+    const float keep = factors[t], add = factors[T + t];
+    for (int64_t d = t * kDim; d < (t + 1) * kDim; d += kLanes)
+      store(a.out + d, fma(set1(add), load(state.values + d), mul(set1(keep), load(a.out + d))));
+    running.sum[t] = running.sum[t] * keep + state.sum[t] * add;
   }
 }
 
-static void attention(const AttentionArgs& a) { attend_group<kMaxGroup>(a); }
+template <int T>
+INLINE void finish(const Running<T>& running, const AttentionArgs& a) {
+  for (int64_t t = 0; t < T; ++t)
+    for (int64_t d = t * kDim; d < (t + 1) * kDim; d += kLanes) store(a.out + d, div(load(a.out + d), set1(running.sum[t])));
+}
+
+INLINE int64_t first_chunk(const AttentionArgs& a) { return a.first_key / kChunkKeys * kChunkKeys; }
+
+struct WholeRow {
+  template <int T>
+  static void run(const AttentionArgs& a) {
+    alignas(64) float scores[T * kChunkKeys];
+    alignas(64) Packed q[T * kDim];
+    alignas(64) ChunkState<T> state;
+    Running<T> running;
+    pack_tokens(q, a.q, kDim, nullptr, T, kDim);
+    start(running, a);
+    for (int64_t chunk = first_chunk(a); chunk < a.end_key; chunk += kChunkKeys) {
+      make_state(state, scores, a, q, chunk);
+      join(running, a, state);
+    }
+    finish(running, a);
+  }
+};
+
+struct MakeStates {
+  template <int T>
+  static void run(const AttentionArgs& a) {
+    static_assert(sizeof(ChunkState<T>) == T * kStateFloats * sizeof(float));
+    alignas(64) float scores[T * kChunkKeys];
+    alignas(64) Packed q[T * kDim];
+    ChunkState<T>* state = (ChunkState<T>*)a.states;
+    pack_tokens(q, a.q, kDim, nullptr, T, kDim);
+    for (int64_t chunk = first_chunk(a); chunk < a.end_key; chunk += kChunkKeys) make_state(*state++, scores, a, q, chunk);
+  }
+};
+
+struct JoinStates {
+  template <int T>
+  static void run(const AttentionArgs& a) {
+    const ChunkState<T>* state = (const ChunkState<T>*)a.states;
+    Running<T> running;
+    start(running, a);
+    for (int64_t chunk = first_chunk(a); chunk < a.end_key; chunk += kChunkKeys) join(running, a, *state++);
+    finish(running, a);
+  }
+};
+
+template <class Work, int T = kMaxGroup>
+static void for_group(const AttentionArgs& a) {
+  if constexpr (T > 0) {
+    if (a.group == T) return Work::template run<T>(a);
+    for_group<Work, T - 1>(a);
+  }
+}
+
+static void attention(const AttentionArgs& a) { for_group<WholeRow>(a); }
+static void attention_states(const AttentionArgs& a) { for_group<MakeStates>(a); }
+static void attention_join(const AttentionArgs& a) { for_group<JoinStates>(a); }
 
 }  // namespace

@@ -32,4 +32,6 @@ extern "C" const gptoss::cpu::KernelTable NAME_OF(GPTOSS_ISA) = {
     .rope = rope,
     .append = append,
     .attention = attention,
+    .attention_states = attention_states,
+    .attention_join = attention_join,
 };

@@ -13,11 +13,15 @@ namespace {
 
 using gptoss::cpu::Epilogue;
 using gptoss::cpu::MatmulArgs;
+using gptoss::cpu::TileSizes;
 
 struct Bf16Panel {
   static constexpr bool kScaled = false;
+  // One tile: a stream long enough for the processor's own prefetcher, unless every other line is left out.
+  static constexpr bool kFetchesStream = false;
   const uint16_t* pairs;  // [K/2][32][2]
 
+  INLINE int64_t bytes(int64_t cols) { return gptoss::cpu::bf16_panel_bytes(cols); }
   INLINE Bf16Panel at(const uint8_t* panel, int64_t) { return {(const uint16_t*)panel}; }
 
   template <int64_t H, int T>
@@ -34,9 +38,11 @@ struct Bf16Panel {
 
 struct Mxfp4Panel {
   static constexpr bool kScaled = true;
+  static constexpr bool kFetchesStream = true;
   const uint8_t* scales;  // [K/32][32]
   const uint8_t* codes;   // [K/8][32][4]
 
+  INLINE int64_t bytes(int64_t cols) { return gptoss::cpu::mxfp4_panel_bytes(cols); }
   INLINE Mxfp4Panel at(const uint8_t* panel, int64_t cols) { return {panel, panel + gptoss::cpu::mxfp4_scale_bytes(cols)}; }
 
   template <int j, int64_t H, int T>
@@ -64,22 +70,11 @@ struct Mxfp4Panel {
   }
 };
 
-// What a tile fetches into the cache while it works: `step` bytes (a multiple of 64) with every block. Where a panel meets many
-// tiles, its successor, spread over all of them; where it meets one, the stream that it lies in, a little way on.
-constexpr int64_t kStreamAhead = 16384;
+// What a tile fetches into the cache while it works: `step` bytes (a multiple of 64) with every block.
 struct Ahead {
   const uint8_t* data = nullptr;
   int64_t step = 0;
 };
-
-// Of tile `tile` with panel `index`, panels having so many bytes.
-INLINE Ahead ahead_of(const MatmulArgs& a, int64_t bytes, int64_t index, int64_t tile, int64_t n_tiles) {
-  const int64_t blocks = a.cols / 32, step = gptoss::cpu::round_up(bytes / (n_tiles * blocks), 64),
-                fetched = tile * blocks * step;
-  if (n_tiles == 1) return {a.panels + index * bytes + kStreamAhead, step};
-  const bool last = index + 1 == a.first_panel + a.n_panels;
-  return {a.panels + (index + 1) * bytes + fetched, last || fetched >= bytes ? 0 : step};
-}
 
 INLINE void fetch(Ahead& ahead) {
   for (int64_t i = 0; i < ahead.step; i += 64) __builtin_prefetch(ahead.data + i, 0, 2);
@@ -146,6 +141,15 @@ static void write_rows(const MatmulArgs& a, const float* totals, int64_t panel, 
   }
 }
 
+// Fetches the rows that write_rows will add to: they are far apart, and the tile would wait for them when it is done.
+INLINE void fetch_rows(const MatmulArgs& a, int64_t panel, int64_t first, int64_t n) {
+  for (int64_t t = 0; t < n; ++t) {
+    const float* out = a.out + (a.out_rows ? a.out_rows[first + t] : first + t) * a.out_stride + panel * 32;
+    __builtin_prefetch(out);
+    __builtin_prefetch(out + 16);
+  }
+}
+
 // The same with 16 gates, then 16 ups; in the checkpoint they alternate.
 INLINE void load_gate_up_bias(float* out, const float* bias, int64_t panel, int64_t rows) {
   float rows_of_panel[32];
@@ -165,47 +169,59 @@ static void write_swiglu(const MatmulArgs& a, const float* totals, int64_t panel
   }
 }
 
-template <class Panel, int T>
-static void multiply_tile(const MatmulArgs& a, const uint8_t* panel_data, int64_t panel, int64_t first, Ahead ahead) {
-  alignas(64) float totals[2 * T * kLanes];
-  const Packed* x = (const Packed*)a.packed + first * a.cols;
-  panel_times_tile<Panel, T>(totals, Panel::at(panel_data, a.cols), x, a.cols, ahead);
-  if (a.epilogue == Epilogue::kSwiglu)
-    write_swiglu(a, totals, panel, first, T);
-  else
-    write_rows(a, totals, panel, first, T);
-}
+template <class P>
+struct FloatProduct {
+  using Panel = P;
+  static constexpr TileSizes kTiles = {kTile, kTile};
 
-template <class Panel, int T>
-static void multiply_rest(const MatmulArgs& a, const uint8_t* panel_data, int64_t panel, int64_t first, int64_t n,
-                          Ahead ahead) {
+  template <int T>
+  static void multiply(const MatmulArgs& a, const uint8_t* data, int64_t panel, int64_t first, Ahead ahead) {
+    alignas(64) float totals[2 * T * kLanes];
+    const Packed* x = (const Packed*)a.packed + first * a.cols;
+    if (a.epilogue == Epilogue::kAdd) fetch_rows(a, panel, first, T);
+    panel_times_tile<Panel, T>(totals, Panel::at(data, a.cols), x, a.cols, ahead);
+    if (a.epilogue == Epilogue::kSwiglu)
+      write_swiglu(a, totals, panel, first, T);
+    else
+      write_rows(a, totals, panel, first, T);
+  }
+};
+
+template <class Product, int T>
+static void multiply_tile(const MatmulArgs& a, const uint8_t* data, int64_t panel, int64_t first, int64_t n, Ahead ahead) {
   if constexpr (T > 0) {
-    if (n == T) return multiply_tile<Panel, T>(a, panel_data, panel, first, ahead);
-    multiply_rest<Panel, T - 1>(a, panel_data, panel, first, n, ahead);
+    if (n == T) return Product::template multiply<T>(a, data, panel, first, ahead);
+    multiply_tile<Product, T - 1>(a, data, panel, first, n, ahead);
   }
 }
 
-template <class Panel>
-static void multiply_panels(const MatmulArgs& a, int64_t panel_bytes) {
-  const int64_t n_tiles = gptoss::cpu::n_tiles(a.n_tokens, {kTile, kTile});
+// Where a panel meets one tile, so far ahead in the stream that it lies in is fetched.
+constexpr int64_t kStreamAhead = 16384;
+
+template <class Product>
+static void multiply_panels(const MatmulArgs& a) {
+  using gptoss::cpu::tile_start;
+  using Panel = typename Product::Panel;
+  const int64_t bytes = Panel::bytes(a.cols), blocks = a.cols / 32, n_tiles = gptoss::cpu::n_tiles(a.n_tokens, Product::kTiles);
+  const int64_t step = gptoss::cpu::round_up(bytes / (n_tiles * blocks), 64);
   for (int64_t panel = a.first_panel; panel < a.first_panel + a.n_panels; ++panel) {
-    const uint8_t* data = a.panels + panel * panel_bytes;
+    const uint8_t* data = a.panels + panel * bytes;
+    const uint8_t* next = panel + 1 < a.first_panel + a.n_panels ? data + bytes : a.next;
     for (int64_t i = 0; i < n_tiles; ++i) {
-      const int64_t first = gptoss::cpu::tile_start(a.n_tokens, n_tiles, i);
-      const int64_t n = gptoss::cpu::tile_start(a.n_tokens, n_tiles, i + 1) - first;
-      // One tile with a bfloat16 panel: a stream long enough for the processor's own prefetcher, unless every other line is
-      // left out.
-      const bool fetches = Panel::kScaled || n_tiles > 1 || halves(n) == 1;
-      multiply_rest<Panel, kTile>(a, data, panel, first, n, fetches ? ahead_of(a, panel_bytes, panel, i, n_tiles) : Ahead{});
+      const int64_t first = tile_start(a.n_tokens, n_tiles, i), n = tile_start(a.n_tokens, n_tiles, i + 1) - first;
+      Ahead ahead;  // the next panel, spread over all tiles
+      if (n_tiles > 1 && next && i * blocks * step < bytes) ahead = {next + i * blocks * step, step};
+      if (n_tiles == 1 && (Panel::kFetchesStream || halves(n) == 1)) ahead = {data + kStreamAhead, step};
+      multiply_tile<Product, Product::kTiles.alone>(a, data, panel, first, n, ahead);
     }
   }
 }
 
 static void matmul(const MatmulArgs& a) {
   if (a.mxfp4)
-    multiply_panels<Mxfp4Panel>(a, gptoss::cpu::mxfp4_panel_bytes(a.cols));
+    multiply_panels<FloatProduct<Mxfp4Panel>>(a);
   else
-    multiply_panels<Bf16Panel>(a, gptoss::cpu::bf16_panel_bytes(a.cols));
+    multiply_panels<FloatProduct<Bf16Panel>>(a);
 }
 
 }  // namespace

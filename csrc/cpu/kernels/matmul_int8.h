@@ -1,7 +1,7 @@
 // The products of matmul.h with bytes for operands: weights of int8 or FP4 panels times tokens rounded to int8.
 //
-// A block of 32 inputs is summed in int32, which is exact; the sum, times both scales, is added to running float32 sums, block
-// after block. FP4 codes become bytes in registers, anew for each tile of tokens.
+// A block of inputs (32, or 64 of int8 weights) is summed in int32, which is exact; the sum, times both scales, is added to
+// running float32 sums, block after block. FP4 codes become bytes in registers, anew for each tile of tokens.
 #pragma once
 #include "matmul.h"
 #include "pack_int8.h"
@@ -19,14 +19,16 @@ INLINE void add_quad(I32 (&sums)[H][T], const W (&w)[H], const int8_t* x) {
 
 struct Int8Panel {
   using W = Int8Weights;
-  const uint8_t* blocks;  // [K/32] of kInt8BlockBytes
+  static constexpr bool kFetchesStream = true, kMxfp4 = false;
+  static constexpr int64_t kInputs = kInt8Block;  // of a block
+  const uint8_t* blocks;                          // [K/64] of kInt8BlockBytes
 
   INLINE int64_t bytes(int64_t cols) { return gptoss::cpu::int8_panel_bytes(cols); }
-  INLINE Int8Panel at(const MatmulArgs& a, int64_t panel) { return {a.panels + panel * bytes(a.cols)}; }
+  INLINE Int8Panel at(const uint8_t* panel, int64_t) { return {panel}; }
   template <int64_t H, int T>
   INLINE void add_block(I32 (&sums)[H][T], const Int8Panel& p, int64_t block, int64_t half, const int8_t* x) {
     const uint8_t* bytes = p.blocks + block * kInt8BlockBytes + 64 + half * 64;
-    UNROLL for (int64_t quad = 0; quad < 8; ++quad, bytes += 128, x += 4 * T) {
+    UNROLL for (int64_t quad = 0; quad < kInputs / 4; ++quad, bytes += 128, x += 4 * T) {
       W w[H];
       UNROLL for (int h = 0; h < H; ++h) w[h] = load_int8(bytes + 64 * h);
       add_quad(sums, w, x);
@@ -40,14 +42,13 @@ struct Int8Panel {
 
 struct CodePanel {
   using W = CodeWeights;
+  static constexpr bool kFetchesStream = true, kMxfp4 = true;
+  static constexpr int64_t kInputs = 32;
   const uint8_t* scale_bytes;  // [K/32][32]
   const uint8_t* codes;        // [K/8][32][4]
 
   INLINE int64_t bytes(int64_t cols) { return gptoss::cpu::mxfp4_panel_bytes(cols); }
-  INLINE CodePanel at(const MatmulArgs& a, int64_t panel) {
-    const uint8_t* data = a.panels + panel * bytes(a.cols);
-    return {data, data + gptoss::cpu::mxfp4_scale_bytes(a.cols)};
-  }
+  INLINE CodePanel at(const uint8_t* panel, int64_t cols) { return {panel, panel + gptoss::cpu::mxfp4_scale_bytes(cols)}; }
   template <int64_t H, int T>
   INLINE void add_block(I32 (&sums)[H][T], const CodePanel& p, int64_t block, int64_t half, const int8_t* x) {
     const uint8_t* c = p.codes + block * 512 + half * 64;
@@ -70,13 +71,14 @@ struct CodePanel {
 template <class Panel, int T>
 static void int8_panel_times_tile(float* totals, const Panel& panel, const uint8_t* tile, int64_t cols, Ahead ahead) {
   using W = typename Panel::W;
+  constexpr int64_t kTokenBytes = gptoss::cpu::int8_token_block_bytes(Panel::kInputs);
   constexpr int64_t H = int8_halves(T);
   for (int64_t half = 0; half < 2; half += H) {
     const float* starts = (const float*)tile;  // [T]
     F32 running[H][T];
     UNROLL for (int t = 0; t < T; ++t) { UNROLL for (int h = 0; h < H; ++h) running[h][t] = set1(starts[t]); }
     const uint8_t* tokens = tile + 4 * T;
-    for (int64_t block = 0; block < cols / 32; ++block, tokens += T * kInt8TokenBlockBytes) {
+    for (int64_t block = 0; block * Panel::kInputs < cols; ++block, tokens += T * kTokenBytes) {
       fetch(ahead);
       const int32_t* scales = (const int32_t*)tokens;  // [T]
       const int32_t* corrections = scales + T;         // [T]
@@ -105,44 +107,29 @@ static void write_hidden(const MatmulArgs& a, const float* totals, int64_t panel
   }
 }
 
-template <class Panel, int T>
-static void multiply_int8_tile(const MatmulArgs& a, const Panel& panel, int64_t index, int64_t first, Ahead ahead) {
-  alignas(64) float totals[2 * T * kLanes];
-  const uint8_t* tile = (const uint8_t*)a.packed + first * gptoss::cpu::int8_token_bytes(a.cols);
-  int8_panel_times_tile<Panel, T>(totals, panel, tile, a.cols, ahead);
-  if (a.epilogue == Epilogue::kSwiglu)
-    write_hidden(a, totals, index, first, T);
-  else
-    write_rows(a, totals, index, first, T);
-}
+template <class P>
+struct Int8Product {
+  using Panel = P;
+  static constexpr TileSizes kTiles = kInt8Tiles;
 
-template <class Panel, int T>
-static void multiply_int8_rest(const MatmulArgs& a, const Panel& panel, int64_t index, int64_t first, int64_t n, Ahead ahead) {
-  if constexpr (T > 0) {
-    if (n == T) return multiply_int8_tile<Panel, T>(a, panel, index, first, ahead);
-    multiply_int8_rest<Panel, T - 1>(a, panel, index, first, n, ahead);
+  template <int T>
+  static void multiply(const MatmulArgs& a, const uint8_t* data, int64_t panel, int64_t first, Ahead ahead) {
+    alignas(64) float totals[2 * T * kLanes];
+    const uint8_t* tile = (const uint8_t*)a.packed + first * gptoss::cpu::int8_token_bytes(a.cols, Panel::kMxfp4);
+    if (a.epilogue == Epilogue::kAdd) fetch_rows(a, panel, first, T);
+    int8_panel_times_tile<Panel, T>(totals, Panel::at(data, a.cols), tile, a.cols, ahead);
+    if (a.epilogue == Epilogue::kSwiglu)
+      write_hidden(a, totals, panel, first, T);
+    else
+      write_rows(a, totals, panel, first, T);
   }
-}
-
-template <class Panel>
-static void multiply_int8_panels(const MatmulArgs& a) {
-  const int64_t n_tiles = gptoss::cpu::n_tiles(a.n_tokens, kInt8Tiles);
-  for (int64_t index = a.first_panel; index < a.first_panel + a.n_panels; ++index) {
-    const Panel panel = Panel::at(a, index);
-    for (int64_t i = 0; i < n_tiles; ++i) {
-      const Ahead ahead = ahead_of(a, Panel::bytes(a.cols), index, i, n_tiles);
-      const int64_t first = gptoss::cpu::tile_start(a.n_tokens, n_tiles, i);
-      const int64_t n = gptoss::cpu::tile_start(a.n_tokens, n_tiles, i + 1) - first;
-      multiply_int8_rest<Panel, kInt8Tiles.alone>(a, panel, index, first, n, ahead);
-    }
-  }
-}
+};
 
 static void matmul_int8(const MatmulArgs& a) {
   if (a.mxfp4)
-    multiply_int8_panels<CodePanel>(a);
+    multiply_panels<Int8Product<CodePanel>>(a);
   else
-    multiply_int8_panels<Int8Panel>(a);
+    multiply_panels<Int8Product<Int8Panel>>(a);
 }
 
 }  // namespace

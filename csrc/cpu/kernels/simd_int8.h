@@ -75,7 +75,7 @@ INLINE uint32_t largest_bits(F32 a, F32 b) {
   return _mm512_reduce_max_epu32(_mm512_max_epu32(_mm512_and_si512(_mm512_castps_si512(a), magnitude),
                                                   _mm512_and_si512(_mm512_castps_si512(b), magnitude)));
 }
-// What a token's sums of a block start from; codes: its 32, sum: of all of them.
+// What a token's sums of a block start from; codes: the block's, sum: of all of them.
 INLINE int32_t correction_of(const int8_t*, int32_t sum, int32_t offset) { return -offset * sum; }
 // 16 numbers, |x| <= 127.5, to the nearest int8 in quad order; returns their sum.
 INLINE int32_t to_int8(int8_t* out, F32 x) {

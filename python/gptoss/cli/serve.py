@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .options import Device, MaxContext, MaxSequences, Precision, Quiet, Threads, show_progress
+
+if TYPE_CHECKING:
+    from ..server.settings import Settings
 
 
 def serve(
@@ -52,33 +55,23 @@ def serve(
 
     SIGTERM and Ctrl-C end it once running requests are done, or after --drain seconds.
     """
-    try:
-        from ..server.app import create_app
-        from ..server.logs import set_up_logs
-        from ..server.serve import bind
-        from ..server.serve import serve as run
-        from ..server.served import ServedModel
-        from ..server.settings import Settings, read_key_file
-    except ModuleNotFoundError as error:
-        raise RuntimeError(
-            f"the server needs {error.name}, which is not installed: pip install 'gptoss[serve]'"
-        ) from None
+    _check_installed()
     from ..model import Model
+    from ..server.app import create_app
+    from ..server.logs import set_up_logs
+    from ..server.serve import bind
+    from ..server.serve import serve as run
+    from ..server.served import ServedModel
 
-    name = Path(model).resolve().name if model_name is None else model_name
-    try:
-        settings = Settings(
-            model_name=name,
-            host=host,
-            port=port,
-            api_key=read_key_file(api_key_file) if api_key_file is not None else None,
-            allowed_hosts=tuple(allow_host or ()),
-            allowed_origins=tuple(allow_origin or ()),
-            drain_timeout=drain,
-        )
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
-
+    settings = _settings(
+        api_key_file,
+        model_name=Path(model).resolve().name if model_name is None else model_name,
+        host=host,
+        port=port,
+        allowed_hosts=tuple(allow_host or ()),
+        allowed_origins=tuple(allow_origin or ()),
+        drain_timeout=drain,
+    )
     bound = bind(settings)  # before the model takes its time
     with (
         bound,
@@ -100,3 +93,24 @@ def serve(
             _ = served.grammar  # now, not in the first request that needs it
         set_up_logs("warning" if quiet else "info")
         run(create_app(served, settings), settings, bound)
+
+
+def _check_installed() -> None:
+    """Raises RuntimeError naming what the server needs and cannot import."""
+    try:
+        from ..server import app, serve  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise RuntimeError(
+            f"the server needs {error.name}, which is not installed: pip install 'gptoss[serve]'"
+        ) from None
+
+
+def _settings(api_key_file: Path | None, **fields: Any) -> Settings:
+    """Settings; what they refuse is a mistake in the command line."""
+    from ..server.settings import Settings, read_key_file
+
+    try:
+        key = read_key_file(api_key_file) if api_key_file is not None else None
+        return Settings(api_key=key, **fields)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None

@@ -10,7 +10,6 @@ import itertools
 import os
 import threading
 import time
-import traceback
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Sequence
 from typing import TYPE_CHECKING
@@ -316,20 +315,20 @@ class Engine:
             sleeper.release()
 
     def _step(self, interrupts: HeldInterrupts) -> Events:
-        core = self.core
+        # No variable holds the core: an error keeps the variables of the frames that it passed.
         with_drafts = self._speculate > 0
         undone = False
         try:
             while True:
                 with self._lock:
-                    plan = self._schedule.plan(core, with_drafts)
+                    plan = self._schedule.plan(self.core, with_drafts)
                 if not plan.items:
                     return []
                 sequence = plan.items[0][0]
                 length = sequence.length
                 interrupts.let_through(sequence)
                 try:
-                    samples = core.step(plan.items)
+                    samples = self.core.step(plan.items)
                 except _gptoss.CacheFull:
                     with self._lock:
                         if plan.drafts:
@@ -350,14 +349,10 @@ class Engine:
                     return self._schedule.accept(plan, samples, time.perf_counter())
         except BaseException as error:
             if not undone:
-                # It stays with those whom it ended: the frames it passed must not keep the core.
-                traceback.clear_frames(error.__traceback__)
                 with self._lock:
                     for generation in self._schedule.running():
                         self._schedule.fail(generation, error)
             raise
-        finally:
-            del core
 
     def _make_room(self) -> bool:
         """Take the pages of what has ended, else of the youngest, else of guests; whether there

@@ -7,6 +7,7 @@ next. Nothing here knows of threads; `Engine` calls it under its lock.
 from __future__ import annotations
 
 import time
+import traceback
 from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -119,6 +120,7 @@ class Schedule:
     def fail(self, generation: Generation, error: BaseException) -> None:
         """End it with an error."""
         if generation.finish_reason is None:
+            traceback.clear_frames(error.__traceback__)  # what they held must not stay with it
             generation.end("error", error)
         self.release(generation)
 

@@ -6,10 +6,11 @@ import json
 import re
 from typing import Any, Never, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from starlette.requests import Request
 
 from .errors import ApiError, invalid
+from .schemas import Body
 from .settings import Settings
 
 # A string (or what is left of one), or a bracket. Possessive, so that no input is read twice.
@@ -17,24 +18,26 @@ _TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+(?:"|\\?\Z)|[\[\]{}]', re.DOTALL)
 
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
-AnyModel = TypeVar("AnyModel", bound=BaseModel)
+AnyBody = TypeVar("AnyBody", bound=Body)
 
 
-async def read_request(request: Request, kind: type[AnyModel]) -> AnyModel:
-    """Read and check the body of a request.
+async def read_request(request: Request, kind: type[AnyBody]) -> AnyBody:
+    """Read and check the body of a request, which may name no model but the one that is served.
 
     Sizes and times of the raw body are the middleware's business (safety.py).
 
     Raises:
-        ApiError: 400, naming the field; 415 if it is not declared as JSON.
+        ApiError: 400, naming the field; 404 for another model; 415 if it is not declared as JSON.
     """
     media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media != "application/json":
         raise ApiError(415, "The content type must be application/json.")
-    return parse(await request.body(), kind, request.app.state.settings)
+    body = parse(await request.body(), kind, request.app.state.settings)
+    request.app.state.served.check_name(body.model)
+    return body
 
 
-def parse(data: bytes, kind: type[AnyModel], settings: Settings) -> AnyModel:
+def parse(data: bytes, kind: type[AnyBody], settings: Settings) -> AnyBody:
     """Check `data` as a JSON object with the fields of `kind`.
 
     Raises:

@@ -185,7 +185,6 @@ async def create_chat_completion(request: HttpRequest) -> Response:
     """Answer a conversation, `n` times."""
     body = await read_request(request, ChatRequest)
     state = request.app.state
-    state.served.check_name(body.model)
     chat = _Chat(state.served, body)
     await asyncio.to_thread(chat.prepare, state.settings.max_choices)
     batch = state.driver.submit(chat.requests)

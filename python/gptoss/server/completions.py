@@ -70,8 +70,9 @@ class _Completion:
         n = body.n or 1
         if n * len(body.prompt) > max_choices:
             raise ApiError(400, f"n times prompts may be {max_choices}.", param="n")
+        n_new = 16 if body.max_tokens is None else max(body.max_tokens, 1)
         params = generation.sampling(
-            body, max_new_tokens=body.max_tokens or 1, logprobs=body.logprobs, stop=body.stop
+            body, max_new_tokens=n_new, logprobs=body.logprobs, stop=body.stop
         )
         for prompt in body.prompt:
             first = generation.checked("prompt", model.request, prompt, params)
@@ -136,7 +137,6 @@ async def create_completion(request: HttpRequest) -> Response:
     """Continue one text or several, each `n` times."""
     body = await read_request(request, CompletionRequest)
     state = request.app.state
-    state.served.check_name(body.model)
     call = _Completion(state.served, body)
     await asyncio.to_thread(call.prepare, state.settings.max_choices)
 

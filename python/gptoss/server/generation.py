@@ -113,6 +113,8 @@ def chat_requests(
         response_format=response_format,
     )
     bound = response_format is not None and response_format.get("type") != "text"
+    # With "none", too: a conversation with calls in it can lead a model to one of a tool that it is
+    # not told of, and only the grammar bars that.
     if tools or tool_choice not in ("auto", "none"):
         bound = True
     requests = []

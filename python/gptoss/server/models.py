@@ -61,7 +61,6 @@ async def tokenize(request: Request) -> Response:
     """Token ids of a plain text: no text becomes a special token."""
     body = await read_request(request, TokenizeRequest)
     served: ServedModel = request.app.state.served
-    served.check_name(body.model)
     tokens = await asyncio.to_thread(served.tokenizer.encode, body.prompt)
     return JSONResponse(
         {"tokens": tokens, "count": len(tokens), "max_model_len": served.model.max_context}
@@ -73,6 +72,5 @@ async def detokenize(request: Request) -> Response:
     """Text of token ids; special tokens appear by name."""
     body = await read_request(request, DetokenizeRequest)
     served: ServedModel = request.app.state.served
-    served.check_name(body.model)
     text = await asyncio.to_thread(served.tokenizer.decode, body.tokens)
     return JSONResponse({"prompt": text})

@@ -186,10 +186,9 @@ async def create_response(request: HttpRequest) -> Response:
     """Answer a conversation."""
     body = await read_request(request, ResponsesRequest)
     state = request.app.state
-    state.served.check_name(body.model)
     call = _Call(state.served, body)
     batch = state.driver.submit(await asyncio.to_thread(call.prepare))
-    if body.stream:
+    if body.streams:
         return EventStream(_numbered(_events(request, call, batch)), batch)
     try:
         return JSONResponse(await answer(request, _whole(request, call, batch)))

@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, Field, ValidationError, model_v
 
 from ..sampling import MAX_LOGPROBS
 from .errors import ApiError, invalid
-from .schemas import MAX_MESSAGES, MAX_TOOLS, Count, ModelName, Sampling, StreamOptions, Strict
+from .schemas import MAX_MESSAGES, MAX_TOOLS, Count, Ignored, Sampling, Streamed, Strict
 
 LOGPROBS = "message.output_text.logprobs"
 _MAX_METADATA = 16
@@ -139,10 +139,9 @@ class FunctionTool(Strict):
         return {"type": "function", "function": fields}
 
 
-class ResponsesRequest(Sampling):
+class ResponsesRequest(Sampling, Streamed, Ignored):
     """Body of POST /v1/responses."""
 
-    model: ModelName | None = None
     include: list[Literal[LOGPROBS, "reasoning.encrypted_content"]] | None = None
     input: Annotated[
         Annotated[
@@ -152,11 +151,10 @@ class ResponsesRequest(Sampling):
     ]
     instructions: str | None = None
     max_output_tokens: Count | None = None
+    max_tool_calls: int | None = None  # ignored: of tools that run on the server
     metadata: Annotated[dict[str, str], Field(max_length=_MAX_METADATA)] | None = None
     parallel_tool_calls: bool | None = None  # the format makes one call a turn
     reasoning: Reasoning | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
     text: Text | None = None
     tool_choice: Any = None
     tools: Annotated[list[FunctionTool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
@@ -167,14 +165,6 @@ class ResponsesRequest(Sampling):
     conversation: Any = None
     previous_response_id: str | None = None
     prompt: Any = None
-    # What changes nothing here.
-    max_tool_calls: int | None = None  # of tools that run on the server
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-    safety_identifier: str | None = None
-    service_tier: str | None = None
-    store: bool | None = None
-    user: str | None = None
 
     @model_validator(mode="after")
     def _supported(self) -> Self:
@@ -186,8 +176,6 @@ class ResponsesRequest(Sampling):
             raise ValueError("background is not supported: this server keeps no responses")
         if self.prompt is not None:
             raise ValueError("prompt is not supported: this server has no prompt templates")
-        if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options is only allowed when stream is true")
         return self
 
     @property

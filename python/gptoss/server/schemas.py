@@ -22,7 +22,7 @@ _MAX_TOKEN_ID = 2**31 - 1
 
 
 class Strict(BaseModel):
-    """Base of all bodies."""
+    """Base of all bodies and their parts."""
 
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False, frozen=True)
 
@@ -75,7 +75,12 @@ Prompts = Annotated[Any, BeforeValidator(_as_prompts)]
 LogitBias = Annotated[
     dict[TokenId, Annotated[float, Field(ge=-100, le=100)]], BeforeValidator(_as_biases)
 ]
-ModelName = Annotated[str, Field(max_length=128)]
+
+
+class Body(Strict):
+    """Base of all bodies."""
+
+    model: Annotated[str, Field(max_length=128)] | None = None
 
 
 class StreamOptions(Strict):
@@ -85,7 +90,7 @@ class StreamOptions(Strict):
     include_obfuscation: bool = False  # ignored: nothing is padded
 
 
-class Sampling(Strict):
+class Sampling(Body):
     """Fields that completions, chat and responses share. None means the default."""
 
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
@@ -104,7 +109,9 @@ class Sampling(Strict):
     ignore_eos: bool | None = None
 
 
-class _Streamed(Strict):
+class Streamed(Strict):
+    """How the answer comes."""
+
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -125,12 +132,22 @@ class _Streamed(Strict):
         return self
 
 
-class CompletionRequest(Sampling, _Streamed):
+class Ignored(Strict):
+    """Fields that chat and responses share, and that change nothing here."""
+
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    safety_identifier: str | None = None
+    service_tier: str | None = None
+    store: bool | None = None
+    user: str | None = None
+
+
+class CompletionRequest(Sampling, Streamed):
     """Body of POST /v1/completions."""
 
-    model: ModelName | None = None
     prompt: Prompts
-    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = 16
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None  # as OpenAI: 16
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = 1
     best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
     echo: bool | None = False
@@ -149,10 +166,9 @@ class CompletionRequest(Sampling, _Streamed):
         return self
 
 
-class ChatRequest(Sampling, _Streamed):
+class ChatRequest(Sampling, Streamed, Ignored):
     """Body of POST /v1/chat/completions. Messages and tools are checked by what renders them."""
 
-    model: ModelName | None = None
     messages: Annotated[
         list[dict[str, Any]], Field(fail_fast=True, min_length=1, max_length=MAX_MESSAGES)
     ]
@@ -169,15 +185,9 @@ class ChatRequest(Sampling, _Streamed):
     tool_choice: Literal["none", "auto", "required"] | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None  # the format makes one call a turn
     modalities: list[Literal["text"]] | None = None
-    # What changes nothing here.
+    # What changes nothing here, either.
     metadata: dict[str, Any] | None = None
     prediction: dict[str, Any] | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-    safety_identifier: str | None = None
-    service_tier: str | None = None
-    store: bool | None = None
-    user: str | None = None
     verbosity: str | None = None
 
     @model_validator(mode="after")
@@ -187,15 +197,13 @@ class ChatRequest(Sampling, _Streamed):
         return self
 
 
-class TokenizeRequest(Strict):
-    """Body of POST /tokenize: plain text, or messages as chat has them."""
+class TokenizeRequest(Body):
+    """Body of POST /tokenize: plain text."""
 
-    model: ModelName | None = None
     prompt: str
 
 
-class DetokenizeRequest(Strict):
+class DetokenizeRequest(Body):
     """Body of POST /detokenize."""
 
-    model: ModelName | None = None
     tokens: Annotated[list[TokenId], Field(fail_fast=True)]

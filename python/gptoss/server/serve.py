@@ -112,87 +112,94 @@ class _Server(uvicorn.Server):
         timer.cancel()
 
 
-def _bounded_protocol(settings: Settings) -> type[H11Protocol]:
+class _BoundedProtocol(H11Protocol):
     """uvicorn's HTTP/1.1 with times for slow clients, a limit on connections, and JSON errors."""
 
-    class BoundedProtocol(H11Protocol):
-        _head_timer: asyncio.TimerHandle | None = None
-        _write_timer: asyncio.TimerHandle | None = None
+    limits: Settings
+    _head_timer: asyncio.TimerHandle | None = None
+    _write_timer: asyncio.TimerHandle | None = None
 
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            if len(self.connections) > settings.max_connections:
-                error = unavailable("The server has too many connections.", settings.retry_after)
-                self._refuse(error)
-                return
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > self.limits.max_connections:
+            error = unavailable("The server has too many connections.", self.limits.retry_after)
+            self._refuse(error)
+            return
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timers()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        super().data_received(data)
+        if self.conn.their_state is not h11.IDLE:
+            self._head_came()
+        elif self.conn.trailing_data[0] and not self.transport.is_closing():
             self._await_head()
 
-        def connection_lost(self, exc: Exception | None) -> None:
-            self._stop_timers()
-            super().connection_lost(exc)
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if self.transport.get_write_buffer_size():
+            self.pause_writing()  # whoever does not read the end must not keep the connection
 
-        def data_received(self, data: bytes) -> None:
-            if self.transport.is_closing():
-                return
-            super().data_received(data)
-            if self.conn.their_state is not h11.IDLE:
-                self._head_came()
-            elif self.conn.trailing_data[0] and not self.transport.is_closing():
-                self._await_head()
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._write_timer is None:
+            self._write_timer = self.loop.call_later(self.limits.write_timeout, self._abort_unread)
 
-        def on_response_complete(self) -> None:
-            super().on_response_complete()
-            if self.transport.get_write_buffer_size():
-                self.pause_writing()  # whoever does not read the end must not keep the connection
-
-        def pause_writing(self) -> None:
-            super().pause_writing()
-            if self._write_timer is None:
-                self._write_timer = self.loop.call_later(settings.write_timeout, self._abort_unread)
-
-        def resume_writing(self) -> None:
-            super().resume_writing()
-            if self._write_timer is not None:
-                self._write_timer.cancel()
-                self._write_timer = None
-
-        def send_400_response(self, msg: str) -> None:
-            self._refuse(ApiError(400, "This is not a valid HTTP request.", code="bad_request"))
-
-        def _await_head(self) -> None:
-            if self._head_timer is None:
-                self._head_timer = self.loop.call_later(settings.header_timeout, self._slow_head)
-
-        def _head_came(self) -> None:
-            if self._head_timer is not None:
-                self._head_timer.cancel()
-                self._head_timer = None
-
-        def _slow_head(self) -> None:
-            self._head_timer = None
-            if not self.transport.is_closing():
-                self._refuse(ApiError(408, "The request took too long.", code="timeout"))
-
-        def _abort_unread(self) -> None:
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._write_timer is not None:
+            self._write_timer.cancel()
             self._write_timer = None
-            self.transport.abort()
 
-        def _stop_timers(self) -> None:
-            self._head_came()
-            if self._write_timer is not None:
-                self._write_timer.cancel()
-                self._write_timer = None
+    def send_400_response(self, msg: str) -> None:
+        self._refuse(ApiError(400, "This is not a valid HTTP request.", code="bad_request"))
 
-        def _refuse(self, error: ApiError) -> None:
-            """Answer before there is a request, and close. A request under way only ends."""
-            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
-                body = json.dumps(error.body()).encode()
-                headers = {"content-type": "application/json", "content-length": str(len(body))}
-                headers |= {"connection": "close", **(error.headers or {})}
-                response = h11.Response(status_code=error.status, headers=list(headers.items()))
-                for part in (response, h11.Data(data=body), h11.EndOfMessage()):
-                    self.transport.write(self.conn.send(part) or b"")
-                self._write_timer = self.loop.call_later(settings.write_timeout, self._abort_unread)
-            self.transport.close()
+    def _await_head(self) -> None:
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(self.limits.header_timeout, self._slow_head)
+
+    def _head_came(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _slow_head(self) -> None:
+        self._head_timer = None
+        if not self.transport.is_closing():
+            self._refuse(ApiError(408, "The request took too long.", code="timeout"))
+
+    def _abort_unread(self) -> None:
+        self._write_timer = None
+        self.transport.abort()
+
+    def _stop_timers(self) -> None:
+        self._head_came()
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+
+    def _refuse(self, error: ApiError) -> None:
+        """Answer before there is a request, and close. A request under way only ends."""
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            body = json.dumps(error.body()).encode()
+            headers = {"content-type": "application/json", "content-length": str(len(body))}
+            headers |= {"connection": "close", **(error.headers or {})}
+            response = h11.Response(status_code=error.status, headers=list(headers.items()))
+            for part in (response, h11.Data(data=body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(part) or b"")
+            self._write_timer = self.loop.call_later(self.limits.write_timeout, self._abort_unread)
+        self.transport.close()
+
+
+def _bounded_protocol(settings: Settings) -> type[H11Protocol]:
+    """The class with its limits, since uvicorn makes the objects: one for each connection."""
+
+    class BoundedProtocol(_BoundedProtocol):
+        limits = settings
 
     return BoundedProtocol

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 
 class ServedModel:
-    """A model, its label, and what is made from its tokenizer when first needed."""
+    """A model and its label. What the model makes when first needed is made once here, however many
+    threads ask."""
 
     def __init__(self, model: Model, name: str) -> None:
         """Serve `model` under `name`.
@@ -30,9 +31,7 @@ class ServedModel:
         self.name = name
         self.created = int(time.time())
         self._lock = threading.Lock()
-        self._harmony: Harmony | None = None
-        self._grammar: GrammarCompiler | None = None
-        self._cannot_chat = False
+        self._can_chat: bool | None = None  # not known yet
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -42,15 +41,14 @@ class ServedModel:
 
     def can_chat(self) -> bool:
         """Whether the vocabulary is harmony's. Takes a second when first asked."""
-        from ..harmony import Harmony
-
         with self._lock:
-            if self._harmony is None and not self._cannot_chat:
+            if self._can_chat is None:
                 try:
-                    self._harmony = Harmony.for_tokenizer(self.tokenizer)
+                    _ = self.model.harmony
+                    self._can_chat = True
                 except ValueError:
-                    self._cannot_chat = True
-        return self._harmony is not None
+                    self._can_chat = False
+            return self._can_chat
 
     @property
     def harmony(self) -> Harmony:
@@ -66,19 +64,14 @@ class ServedModel:
                 code="no_chat",
                 param="model",
             )
-        assert self._harmony is not None
-        return self._harmony
+        return self.model.harmony
 
     @property
     def grammar(self) -> GrammarCompiler:
-        """Compiles JSON schemas and tools to constraints. Takes a second or two when first used."""
-        from ..grammar import GrammarCompiler
-
+        """Compiles JSON schemas and tools to constraints. Takes a second or two when first used;
+        ValueError where the model cannot chat."""
         with self._lock:
-            if self._grammar is None:
-                vocab_size = self.model.config.vocab_size
-                self._grammar = GrammarCompiler(self.tokenizer, vocab_size)
-        return self._grammar
+            return self.model.grammar
 
     def check_name(self, name: str | None) -> None:
         """Raises ApiError 404 unless `name` is what this model is called, or nothing."""

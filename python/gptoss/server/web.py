@@ -20,6 +20,7 @@ router = APIRouter()
 _TYPES = {
     "index.html": "text/html",
     "style.css": "text/css",
+    "conversation.css": "text/css",
     "icon.svg": "image/svg+xml",
     "theme.js": "text/javascript",
     "app.js": "text/javascript",
