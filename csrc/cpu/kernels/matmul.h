@@ -17,6 +17,7 @@ using gptoss::cpu::TileSizes;
 
 struct Bf16Panel {
   static constexpr bool kScaled = false;
+  static constexpr int64_t kInputs = 32;  // of a block
   // One tile: a stream long enough for the processor's own prefetcher, unless every other line is left out.
   static constexpr bool kFetchesStream = false;
   const uint16_t* pairs;  // [K/2][32][2]
@@ -38,6 +39,7 @@ struct Bf16Panel {
 
 struct Mxfp4Panel {
   static constexpr bool kScaled = true;
+  static constexpr int64_t kInputs = 32;
   static constexpr bool kFetchesStream = true;
   const uint8_t* scales;  // [K/32][32]
   const uint8_t* codes;   // [K/8][32][4]
@@ -202,7 +204,8 @@ template <class Product>
 static void multiply_panels(const MatmulArgs& a) {
   using gptoss::cpu::tile_start;
   using Panel = typename Product::Panel;
-  const int64_t bytes = Panel::bytes(a.cols), blocks = a.cols / 32, n_tiles = gptoss::cpu::n_tiles(a.n_tokens, Product::kTiles);
+  const int64_t bytes = Panel::bytes(a.cols), blocks = gptoss::cpu::round_up(a.cols, Panel::kInputs) / Panel::kInputs;
+  const int64_t n_tiles = gptoss::cpu::n_tiles(a.n_tokens, Product::kTiles);
   const int64_t step = gptoss::cpu::round_up(bytes / (n_tiles * blocks), 64);
   for (int64_t panel = a.first_panel; panel < a.first_panel + a.n_panels; ++panel) {
     const uint8_t* data = a.panels + panel * bytes;
