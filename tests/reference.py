@@ -89,8 +89,8 @@ FAST = Precision(sums=torch.float32, operands=torch.bfloat16, int8=True)
 
 
 def int8_rounded(x: Tensor, block: int, scales_in_bfloat16: bool = False) -> Tensor:
-    """Each `block` numbers of a row (the last may have fewer) as integers from -127 to 127 times a scale, their largest magnitude
-    / 127 (as bfloat16: rounded up). Blocks below 2^-50 are zeros.
+    """Each `block` numbers of a row (the last may have fewer) as integers from -127 to 127 times a
+    scale, their largest magnitude / 127 (as bfloat16: rounded up). Blocks below 2^-50 are zeros.
     float32 [n, K] -> float64 [n, K], what they then stand for."""
     padded = torch.nn.functional.pad(x.float(), (0, -x.shape[-1] % block))
     blocks = padded.unflatten(-1, (-1, block))

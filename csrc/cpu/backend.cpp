@@ -144,10 +144,10 @@ class CpuBackend final : public Backend {
   void multiply(const MatmulArgs& args) const { fast_ ? kernels_.matmul_int8(args) : kernels_.matmul(args); }
 
   // Units of work that a product's panels are cut into, as alike in size as can be (tile_start): a few a thread, so that a slow
-  // core takes fewer, each a long stream; for many tokens, of at most 8 panels.
+  // core takes fewer, each a long stream; for many tokens, of at most 4 panels.
   int64_t n_units(int64_t n_panels, int64_t n_tokens) const {
     const int64_t few = pool_.size() * 4;
-    return std::min(n_panels, n_tokens > tiles_.alone ? round_up(ceil_div(n_panels, 8), few) : few);
+    return std::min(n_panels, n_tokens > tiles_.alone ? round_up(ceil_div(n_panels, 4), few) : few);
   }
   const PageList& pages_of(int64_t row, const KvLayer& cache) const {
     const BatchSequence& sequence = batch_->sequences[batch_->sequence_of[row]];

@@ -124,7 +124,8 @@ struct KernelTable {
   void (*router)(float* out, const float* t, const uint16_t* weight, const float* bias, int64_t n_experts, int64_t n);
   // Rotates one head: out = rotate(x); cos, sin: [32]
   void (*rope)(float* out, const float* x, const float* cos, const float* sin);
-  // Writes one head's key (rounded) as key `slot` of a page, [8][32 pairs][16 keys][2], and its value, [128][64].
+  // Writes one head's key (rounded) as key `slot` of a page, [8][32 pairs][16 keys][2], and its value, [128][2][16][2]: of 32
+  // numbers the first 16 lie beside the second, so that a load makes two vectors of 16 with a shift and a mask.
   void (*append)(uint16_t* key_page, uint16_t* value_page, int64_t slot, const float* key, const float* value);
   void (*attention)(const AttentionArgs& args);
   // The same in two: states of chunks, for all keys or for whole chunks of them; then what those of all keys come to.

@@ -21,52 +21,80 @@ using gptoss::cpu::kStateFloats;
 constexpr int64_t kPage = 128, kDim = 64, kDimVectors = kDim / kLanes;
 constexpr float kScoreScale = 0.125f;  // 1 / sqrt(64)
 constexpr float kMinusInfinity = -__builtin_inff();
+constexpr int64_t kKeysAhead = 32;  // that are fetched
 
 // Where the keys of the 16 positions from `key` lie (2 KiB), or, of any position on, the values.
 INLINE const uint16_t* group_of(const uint8_t* pool, const AttentionArgs& a, int64_t key) {
   return (const uint16_t*)(pool + a.pages[key / kPage - a.first_page] * a.page_bytes) + key % kPage * kDim;
 }
 
-// scores: [group][256] of the chunk at `chunk`; q: packed [32 pairs][T][2]
-// A page is too short a stream for the processor to see it coming: the keys two groups on and the values of this group, wanted
-// next, are fetched by hand.
 template <int T>
-static void chunk_scores(float* scores, const AttentionArgs& a, const Packed* q, int64_t chunk, int64_t begin, int64_t end) {
-  float lane[16];
-  for (int64_t i = 0; i < 16; ++i) lane[i] = (float)i;
-  for (int64_t key = begin & ~15; key < end; key += 16) {
-    const uint16_t* k = group_of(a.keys, a, key);
-    const uint16_t* v = group_of(a.values, a, key);
-    const uint16_t* later = key + 32 < a.end_key ? group_of(a.keys, a, key + 32) : k;
-    F32 sums[T];
-    UNROLL for (int t = 0; t < T; ++t) sums[t] = zero();
-    for (int64_t pair = 0; pair < kDim / 2; ++pair) {
-      __builtin_prefetch(later + pair * 32);
-      __builtin_prefetch(v + pair * 32);
-      Weights keys = load_weights(k + pair * 32);
-      UNROLL for (int t = 0; t < T; ++t) sums[t] = dot2(sums[t], keys, load_tokens(q + (pair * T + t) * 2));
+INLINE void round_queries(Packed* q, const AttentionArgs& a) {
+  for (int64_t t = 0; t < T; ++t)
+    for (int64_t d = 0; d < kDim; d += kLanes) store_packed(q + t * kDim + d, load(a.q + t * kDim + d));
+}
+
+// scores: [group][256] of the chunk at `chunk`, of the 16 Groups keys from `key` on; q: [T][64]
+// A page is too short a stream for the processor to see it coming. So the values of these keys, wanted next, are fetched by
+// hand, and keys with the values of the keys 256 before them; the first keys, which have none, a few keys ahead.
+template <int T, int Groups>
+INLINE void group_scores(float* scores, const AttentionArgs& a, const Packed* q, int64_t key, int64_t begin, int64_t end) {
+  const uint16_t *k[Groups], *v[Groups], *later[Groups];
+  F32 sums[Groups][T];
+  UNROLL for (int g = 0; g < Groups; ++g) {
+    const int64_t ahead = key + 16 * g + kKeysAhead;
+    k[g] = group_of(a.keys, a, key + 16 * g);
+    v[g] = group_of(a.values, a, key + 16 * g);
+    later[g] = ahead < a.end_key && ahead < a.first_key + kChunkKeys ? group_of(a.keys, a, ahead) : k[g];
+    UNROLL for (int t = 0; t < T; ++t) sums[g][t] = zero();
+  }
+  for (int64_t pair = 0; pair < kDim / 2; ++pair) {
+    Weights keys[Groups];
+    UNROLL for (int g = 0; g < Groups; ++g) {
+      __builtin_prefetch(later[g] + pair * 32);
+      __builtin_prefetch(v[g] + pair * 32);
+      keys[g] = load_weights(k[g] + pair * 32);
     }
-    const F32 before = set1((float)(begin - key)), after = set1((float)(end - key));
     UNROLL for (int t = 0; t < T; ++t) {
-      F32 s = mul(sums[t], set1(kScoreScale));
-      s = select(less(load(lane), before), set1(kMinusInfinity), s);
-      s = select(less(load(lane), after), s, set1(kMinusInfinity));
-      store(scores + t * kChunkKeys + (key - chunk), s);
+      const Tokens token = load_tokens(q + t * kDim + 2 * pair);
+      UNROLL for (int g = 0; g < Groups; ++g) sums[g][t] = dot2(sums[g][t], keys[g], token);
+    }
+  }
+  UNROLL for (int g = 0; g < Groups; ++g, key += 16, scores += 16) {
+    const Mask before = less(lane_numbers(), set1((float)(begin - key))),
+               inside = less(lane_numbers(), set1((float)(end - key)));
+    UNROLL for (int t = 0; t < T; ++t) {
+      F32 s = mul(sums[g][t], set1(kScoreScale));
+      if (key < begin) s = select(before, set1(kMinusInfinity), s);
+      if (key + 16 > end) s = select(inside, s, set1(kMinusInfinity));
+      store(scores + t * kChunkKeys, s);
     }
   }
 }
 
-// values: [group][64] = sum over keys of probability * value
+template <int T>
+static void chunk_scores(float* scores, const AttentionArgs& a, const Packed* q, int64_t chunk, int64_t begin, int64_t end) {
+  constexpr int kGroups = kHalves;  // as many sums as in a product
+  int64_t key = begin & ~15;
+  for (; key + 16 * (kGroups - 1) < end; key += 16 * kGroups)
+    group_scores<T, kGroups>(scores + key - chunk, a, q, key, begin, end);
+  if (key < end) group_scores<T, 1>(scores + key - chunk, a, q, key, begin, end);
+}
+
+// values: [group][64] = sum over keys of probability * value; it fetches the keys 256 on
 template <int Heads>
-static void weigh_values(float* values, const AttentionArgs& a, const float* p, int64_t chunk, int64_t begin, int64_t end) {
+static void weigh_values(float* values, const AttentionArgs& a, const float* p, int64_t chunk, int64_t begin, int64_t end,
+                         bool fetches) {
   F32 sums[Heads][kDimVectors];
   UNROLL for (int h = 0; h < Heads; ++h) { UNROLL for (int d = 0; d < kDimVectors; ++d) sums[h][d] = zero(); }
   for (int64_t key = begin; key < end;) {
     const int64_t page_end = (key / kPage + 1) * kPage < end ? (key / kPage + 1) * kPage : end;
     const uint16_t* v = group_of(a.values, a, key);
-    for (; key < page_end; ++key, v += kDim) {
+    const uint16_t* later = key + kChunkKeys < a.end_key ? group_of(a.keys, a, key + kChunkKeys) + (fetches ? 0 : 32) : v;
+    for (; key < page_end; ++key, v += kDim, later += kDim) {
+      __builtin_prefetch(later, 0, 2);
       F32 row[kDimVectors];
-      UNROLL for (int d = 0; d < kDimVectors; ++d) row[d] = load_bf16(v + d * kLanes);
+      UNROLL for (int d = 0; d < kDimVectors; d += 2) load_bf16_pairs(row[d], row[d + 1], v + d * kLanes);
       UNROLL for (int h = 0; h < Heads; ++h) {
         const F32 weight = set1(p[h * kChunkKeys + (key - chunk)]);
         UNROLL for (int d = 0; d < kDimVectors; ++d) sums[h][d] = fma(weight, row[d], sums[h][d]);
@@ -110,7 +138,7 @@ INLINE void make_state(ChunkState<T>& state, float* scores, const AttentionArgs&
     chunk_softmax(scores + t * kChunkKeys, state.maximum + t, state.sum + t, (begin & ~15) - chunk, end - chunk);
   constexpr int kAtOnce = kHalves == 2 && T % 4 == 0 ? 4 : 1;  // heads whose sums fit in registers
   for (int64_t t = 0; t < T; t += kAtOnce)
-    weigh_values<kAtOnce>(state.values + t * kDim, a, scores + t * kChunkKeys, chunk, begin, end);
+    weigh_values<kAtOnce>(state.values + t * kDim, a, scores + t * kChunkKeys, chunk, begin, end, t == 0);
 }
 
 // The softmax over the sink and all chunks so far; the sum of values is a.out.
@@ -150,8 +178,10 @@ INLINE void join(Running<T>& running, const AttentionArgs& a, const ChunkState<T
 
 template <int T>
 INLINE void finish(const Running<T>& running, const AttentionArgs& a) {
-  for (int64_t t = 0; t < T; ++t)
-    for (int64_t d = t * kDim; d < (t + 1) * kDim; d += kLanes) store(a.out + d, div(load(a.out + d), set1(running.sum[t])));
+  for (int64_t t = 0; t < T; ++t) {
+    const F32 share = set1(1.f / running.sum[t]);
+    for (int64_t d = t * kDim; d < (t + 1) * kDim; d += kLanes) store(a.out + d, mul(load(a.out + d), share));
+  }
 }
 
 INLINE int64_t first_chunk(const AttentionArgs& a) { return a.first_key / kChunkKeys * kChunkKeys; }
@@ -160,10 +190,10 @@ struct WholeRow {
   template <int T>
   static void run(const AttentionArgs& a) {
     alignas(64) float scores[T * kChunkKeys];
-    alignas(64) Packed q[T * kDim];
+    Packed q[T * kDim];
     alignas(64) ChunkState<T> state;
     Running<T> running;
-    pack_tokens(q, a.q, kDim, nullptr, T, kDim);
+    round_queries<T>(q, a);
     start(running, a);
     for (int64_t chunk = first_chunk(a); chunk < a.end_key; chunk += kChunkKeys) {
       make_state(state, scores, a, q, chunk);
@@ -178,9 +208,9 @@ struct MakeStates {
   static void run(const AttentionArgs& a) {
     static_assert(sizeof(ChunkState<T>) == T * kStateFloats * sizeof(float));
     alignas(64) float scores[T * kChunkKeys];
-    alignas(64) Packed q[T * kDim];
+    Packed q[T * kDim];
     ChunkState<T>* state = (ChunkState<T>*)a.states;
-    pack_tokens(q, a.q, kDim, nullptr, T, kDim);
+    round_queries<T>(q, a);
     for (int64_t chunk = first_chunk(a); chunk < a.end_key; chunk += kChunkKeys) make_state(*state++, scores, a, q, chunk);
   }
 };

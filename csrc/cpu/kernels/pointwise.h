@@ -37,10 +37,9 @@ static void rope(float* out, const float* x, const float* cos, const float* sin)
 
 static void append(uint16_t* key_page, uint16_t* value_page, int64_t slot, const float* key, const float* value) {
   uint16_t rounded[64], *keys = key_page + slot / 16 * (16 * 64) + slot % 16 * 2;
-  for (int64_t d = 0; d < 64; d += kLanes) {
-    store_bf16(rounded + d, load(key + d));
-    store_bf16(value_page + slot * 64 + d, load(value + d));
-  }
+  for (int64_t d = 0; d < 64; d += kLanes) store_bf16(rounded + d, load(key + d));
+  for (int64_t d = 0; d < 64; d += 2 * kLanes)
+    store_bf16_pairs(value_page + slot * 64 + d, load(value + d), load(value + d + kLanes));
   for (int64_t pair = 0; pair < 32; ++pair) __builtin_memcpy(keys + pair * 32, rounded + 2 * pair, 4);
 }
 

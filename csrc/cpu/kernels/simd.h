@@ -58,6 +58,17 @@ INLINE void store_bf16(uint16_t* p, F32 x) {
   const __m512i high = _mm512_srli_epi32(_mm512_castps_si512(round_bf16(x)), 16);
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtepi32_epi16(high));
 }
+// 16 pairs: the first number of each, the second of each.
+INLINE void load_bf16_pairs(F32& first, F32& second, const uint16_t* p) {
+  const __m512i pairs = _mm512_loadu_si512(p);
+  first = _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16));
+  second = _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32((int)0xFFFF0000)));
+}
+INLINE void store_bf16_pairs(uint16_t* p, F32 first, F32 second) {
+  const __m512i low = _mm512_srli_epi32(_mm512_castps_si512(round_bf16(first)), 16);
+  _mm512_storeu_si512(p, _mm512_or_si512(low, _mm512_castps_si512(round_bf16(second))));
+}
+INLINE F32 lane_numbers() { return _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15); }
 // 2^(byte - 127) of 16 scale bytes; byte 0 is the subnormal 2^-127
 INLINE F32 load_scales(const uint8_t* p) {
   __m512i e = _mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)), 23);
@@ -162,6 +173,20 @@ INLINE void store_bf16(uint16_t* p, F32 x) {
   const __m256i lo = _mm256_srli_epi32(_mm256_castps_si256(r.lo), 16), hi = _mm256_srli_epi32(_mm256_castps_si256(r.hi), 16);
   _mm256_storeu_si256((__m256i*)p, _mm256_permute4x64_epi64(_mm256_packus_epi32(lo, hi), 0xD8));
 }
+INLINE __m256i high_halves(__m256 x) { return _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32((int)0xFFFF0000)); }
+INLINE void load_bf16_pairs(F32& first, F32& second, const uint16_t* p) {
+  const __m256i lo = _mm256_loadu_si256((const __m256i*)p), hi = _mm256_loadu_si256((const __m256i*)(p + 16));
+  first = {_mm256_castsi256_ps(_mm256_slli_epi32(lo, 16)), _mm256_castsi256_ps(_mm256_slli_epi32(hi, 16))};
+  second = {_mm256_castsi256_ps(high_halves(_mm256_castsi256_ps(lo))),
+            _mm256_castsi256_ps(high_halves(_mm256_castsi256_ps(hi)))};
+}
+INLINE void store_bf16_pairs(uint16_t* p, F32 first, F32 second) {
+  const F32 a = round_bf16(first), b = round_bf16(second);
+  const __m256i lo = _mm256_srli_epi32(_mm256_castps_si256(a.lo), 16), hi = _mm256_srli_epi32(_mm256_castps_si256(a.hi), 16);
+  _mm256_storeu_si256((__m256i*)p, _mm256_or_si256(lo, _mm256_castps_si256(b.lo)));
+  _mm256_storeu_si256((__m256i*)(p + 16), _mm256_or_si256(hi, _mm256_castps_si256(b.hi)));
+}
+INLINE F32 lane_numbers() { return {_mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7), _mm256_setr_ps(8, 9, 10, 11, 12, 13, 14, 15)}; }
 INLINE __m256 scales8(__m128i bytes) {
   __m256i e = _mm256_slli_epi32(_mm256_cvtepu8_epi32(bytes), 23);
   return _mm256_castsi256_ps(_mm256_max_epu32(e, _mm256_set1_epi32(0x00400000)));
@@ -314,6 +339,15 @@ INLINE F32 round_bf16(const F32& x) LANES(F32, bits_to_float(round_bits(float_to
 INLINE void store_bf16(uint16_t* p, const F32& x) {
   for (int i = 0; i < 16; ++i) p[i] = (uint16_t)(round_bits(float_to_bits(x.v[i])) >> 16);
 }
+INLINE void load_bf16_pairs(F32& first, F32& second, const uint16_t* p) {
+  for (int i = 0; i < 16; ++i) first.v[i] = bits_to_float((uint32_t)p[2 * i] << 16);
+  for (int i = 0; i < 16; ++i) second.v[i] = bits_to_float((uint32_t)p[2 * i + 1] << 16);
+}
+INLINE void store_bf16_pairs(uint16_t* p, const F32& first, const F32& second) {
+  for (int i = 0; i < 16; ++i) p[2 * i] = (uint16_t)(round_bits(float_to_bits(first.v[i])) >> 16);
+  for (int i = 0; i < 16; ++i) p[2 * i + 1] = (uint16_t)(round_bits(float_to_bits(second.v[i])) >> 16);
+}
+INLINE F32 lane_numbers() LANES(F32, (float)i)
 INLINE F32 load_scales(const uint8_t* p) LANES(F32, bits_to_float(p[i] ? (uint32_t)p[i] << 23 : 0x00400000u))
 
     // clang-format on
@@ -375,21 +409,39 @@ INLINE void add_pair(F32 (&sums)[H][T], const Weights (&w)[H], const Packed* x) 
 }
 #endif
 
-INLINE float sum_lanes(F32 x) {  // a tree: the same order in every set
-  float v[16];
-  store(v, x);
-  for (int width = 8; width > 0; width /= 2)
-    for (int i = 0; i < width; ++i) v[i] = v[i] + v[i + width];
-  return v[0];
+#if defined(__AVX2__)
+#if defined(__AVX512BW__)
+INLINE __m256 low_half(F32 x) { return _mm512_castps512_ps256(x); }
+INLINE __m256 high_half(F32 x) { return _mm512_extractf32x8_ps(x, 1); }
+#else
+INLINE __m256 low_half(F32 x) { return x.lo; }
+INLINE __m256 high_half(F32 x) { return x.hi; }
+#endif
+// Lane i and lane i + 8, then i + 4, i + 2 and i + 1: a tree, the same in every set.
+INLINE float sum_lanes(F32 x) {
+  const __m256 eight = _mm256_add_ps(low_half(x), high_half(x));
+  __m128 v = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  v = _mm_add_ps(v, _mm_movehl_ps(v, v));
+  return _mm_cvtss_f32(_mm_add_ss(v, _mm_movehdup_ps(v)));
 }
-
 INLINE float max_lanes(F32 x) {
-  float v[16];
-  store(v, x);
-  float m = v[0];
-  for (int i = 1; i < 16; ++i) m = v[i] > m ? v[i] : m;
+  const __m256 eight = _mm256_max_ps(low_half(x), high_half(x));
+  __m128 v = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+  v = _mm_max_ps(v, _mm_movehl_ps(v, v));
+  return _mm_cvtss_f32(_mm_max_ss(v, _mm_movehdup_ps(v)));
+}
+#else
+INLINE float sum_lanes(F32 x) {
+  for (int width = 8; width > 0; width /= 2)
+    for (int i = 0; i < width; ++i) x.v[i] = x.v[i] + x.v[i + width];
+  return x.v[0];
+}
+INLINE float max_lanes(const F32& x) {
+  float m = x.v[0];
+  for (int i = 1; i < 16; ++i) m = x.v[i] > m ? x.v[i] : m;
   return m;
 }
+#endif
 
 // e^x to about one unit in the last place; 0 below the smallest normal number, large and finite above the largest.
 // Cody-Waite reduction by ln 2 in two parts and the Taylor polynomial of degree 7 on [-ln2/2, ln2/2]; NaN stays NaN.
