@@ -239,9 +239,9 @@ inline Limits measure_limits(cpu::ThreadPool& pool, MemoryReader& reader, const 
   const bool bf16 = isa == "avx512bf16";
   Limits limits;
   limits.bytes_per_second = measure_bandwidth(pool, reader);
-  limits.fma_flops = measure_peak(pool, peak_of("fma_f32", bf16 ? "avx512" : isa));
+  limits.fma_flops = measure_peak(pool, peak_of("fma_f32", bf16 ? "avx512" : isa == "avxvnni" ? "avx2" : isa));
   if (int8 && isa != "scalar")
-    limits.dot_flops = measure_peak(pool, peak_of("dot_int8", isa == "avx2" ? isa : "avx512vnni"));
+    limits.dot_flops = measure_peak(pool, peak_of("dot_int8", isa.rfind("avx512", 0) == 0 ? "avx512vnni" : isa));
   else
     limits.dot_flops = bf16 ? measure_peak(pool, peak_of("dot_bf16", isa)) : limits.fma_flops;
   return limits;

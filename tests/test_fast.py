@@ -37,7 +37,7 @@ from small_models import (
 from torch import Tensor
 
 cpu_only = pytest.mark.skipif(DEVICE != "cpu", reason="the precision fast is for the CPU")
-TOKENS = (1, 3, 8, 9, 129)  # around the tiles of 4 and 8 tokens
+TOKENS = (1, 3, 8, 9, 129)  # around the tiles of 4, 6 and 8 tokens
 
 
 def run_linear(isa: str, x: Tensor, weight: Tensor, bias: Tensor | None = None, threads: int = 1):
@@ -101,6 +101,23 @@ def test_sets_agree() -> None:
         results.append(torch.cat((out, run_linear(isa, x, weight))))
         torch.testing.assert_close(results[-1], results[0], rtol=0, atol=1e-4)
     assert_bitwise(results[1:])
+
+
+@cpu_only
+@pytest.mark.parametrize("n", (1, 7))
+def test_largest_sums(isa: str, n: int) -> None:
+    """All codes and weights as large as can be, with every pattern of signs of eight inputs."""
+    signs = torch.tensor([[1 - 2 * (i >> j & 1) for j in range(8)] for i in range(256)])
+    weight = 127.0 * signs.repeat(1, 8)  # scales of 1
+    x = weight[torch.arange(n) * 37]
+    exact = x.double() @ weight.double().T
+    out = run_linear(isa, x, weight.bfloat16())
+    torch.testing.assert_close(out.double(), exact, rtol=1e-6, atol=0)
+    nibbles = torch.where(weight < 0, 15, 7).to(torch.uint8)  # -6 and 6
+    blocks = (nibbles[:, ::2] | nibbles[:, 1::2] << 4).view(256, 2, 16)
+    scales = torch.full((256, 2), 127, dtype=torch.uint8)
+    make_ops(isa, precision="fast").mxfp4_linear(out, x, blocks, scales)
+    torch.testing.assert_close(out.double(), exact * 6 / 127, rtol=1e-6, atol=0)
 
 
 @cpu_only

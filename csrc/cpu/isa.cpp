@@ -39,11 +39,13 @@ std::vector<Isa> detect() {
   const bool ymm = (xcr0 & 0x6) == 0x6, zmm = (xcr0 & 0xE6) == 0xE6;
   const bool avx2 =
       ymm && bit(basic.ecx, 28) && bit(basic.ecx, 12) /* fma */ && bit(basic.ecx, 29) /* f16c */ && bit(extended.ebx, 5);
+  const bool avxvnni = avx2 && bit(extended1.eax, 4);
   const bool avx512 = avx2 && zmm && bit(extended.ebx, 16) /* f */ && bit(extended.ebx, 17) /* dq */ &&
                       bit(extended.ebx, 30) /* bw */ && bit(extended.ebx, 31) /* vl */ && bit(extended.ecx, 11) /* vnni */;
   const bool avx512bf16 = avx512 && bit(extended.ecx, 1) /* vbmi */ && bit(extended1.eax, 5) /* bf16 */;
   return {{&gptoss_kernels_scalar, true},
           {&gptoss_kernels_avx2, avx2},
+          {&gptoss_kernels_avxvnni, avxvnni},
           {&gptoss_kernels_avx512, avx512},
           {&gptoss_kernels_avx512bf16, avx512bf16}};
 }

@@ -6,17 +6,17 @@
 //   MXFP4:     [K/32 scales][32 rows], padded to 64 bytes, then [K/8][32 rows][4 bytes]; the low half of a row's 4 bytes
 //              holds the codes of inputs 0 2 4 6, the high half those of 1 3 5 7 (so that the two halves make bfloat16 pairs)
 //   int8:      blocks of 64 inputs (the last may lack 32: they are zeros): [32 rows] bfloat16 scales and [16 quads][32 rows]
-//              [4 bytes], each a code plus 128; the two quads of 8 inputs are 0 4 1 5 and 2 6 3 7, the order in which MXFP4
-//              nibbles come as bytes
+//              [4 bytes], each a code plus 128 (avx2: the code); the two quads of 8 inputs are 0 4 1 5 and 2 6 3 7, the
+//              order in which MXFP4 nibbles come as bytes
 // In gate_up matrices the 32 rows of a panel are its 16 gates, then its 16 ups.
 //
 // Packed tokens. The other operand is cut into tiles of up to `tile` tokens (up to `alone`, if it is the only one), as alike in
 // size as can be: [K/2 pairs][tokens of the tile][2], elements rounded to bfloat16, stored as bfloat16 (packed_bytes 2) or as
 // the equal float32 (packed_bytes 4). In products of bytes (precision "fast"): [tokens] float32 that sums start from, 0 or not
 // a number, then K/32 blocks of [tokens] float32 scales, [tokens] int32 corrections (minus the sum of the codes times what the
-// weights' bytes are offset by, 12 or 128), and [8 quads][tokens][4] int8 codes. In an FP4 product the bits of a scale are
-// those of half of it (the weights' bytes are twice the values) less 127 << 23: a block's scale byte << 23 added to them makes
-// the product of both scales.
+// weights' bytes are offset by, 12 or 128; avx2: 12, an int16 for the first two inputs of all quads and one for the last two,
+// or 0), and [8 quads][tokens][4] int8 codes. In an FP4 product the bits of a scale are those of half of it (the weights' bytes
+// are twice the values) less 127 << 23: a block's scale byte << 23 added to them makes the product of both scales.
 //
 // Every output is  sum over blocks of 32 inputs ( scale * sum over 16 pairs in order ), whatever the number of tokens, so a
 // token's result never depends on the tile it came in. In products of bytes the 32 are summed in int32, without any rounding.
@@ -139,6 +139,7 @@ struct KernelTable {
 extern "C" {
 extern const gptoss::cpu::KernelTable gptoss_kernels_scalar;
 extern const gptoss::cpu::KernelTable gptoss_kernels_avx2;
+extern const gptoss::cpu::KernelTable gptoss_kernels_avxvnni;
 extern const gptoss::cpu::KernelTable gptoss_kernels_avx512;
 extern const gptoss::cpu::KernelTable gptoss_kernels_avx512bf16;
 }

@@ -1,8 +1,9 @@
 // Panels of weights times tiles of tokens:  out[t][r] = sum_k x[t][k] W[r][k].
 //
 // One call walks the panels given, and each panel meets every tile while it is in cache. In the inner loop a lane is an output
-// row: 16 lanes x kHalves x T tokens of sums stay in registers for one block of 32 inputs; the block's sums, times the
-// MXFP4 scales, are then added to running sums in the first-level cache. FP4 codes become bfloat16 in registers.
+// row: 16 lanes x halves x T tokens of sums stay in registers for one block of 32 inputs; the block's sums, times the
+// MXFP4 scales, are then added to running sums in the first-level cache. FP4 codes become bfloat16
+// (float32 without AVX-512) in registers.
 #pragma once
 #include "cpu/kernel_table.h"
 #include "pack.h"
@@ -14,30 +15,23 @@ using gptoss::cpu::Epilogue;
 using gptoss::cpu::MatmulArgs;
 using gptoss::cpu::TileSizes;
 
-// Adds one pair of inputs of kHalves x 16 rows times T tokens.
-template <int T>
-INLINE void add_pair(F32 (&sums)[kHalves][T], const Weights (&w)[kHalves], const Packed* x) {
-  UNROLL for (int t = 0; t < T; ++t) {
-    Tokens token = load_tokens(x + 2 * t);
-    UNROLL for (int h = 0; h < kHalves; ++h) sums[h][t] = dot2(sums[h][t], w[h], token);
-  }
-}
-
 struct Bf16Panel {
   static constexpr bool kScaled = false;
-  static constexpr bool kFetchesStream = false;  // one tile: a stream long enough for the processor's own prefetcher
-  const uint16_t* pairs;                         // [K/2][32][2]
+  static constexpr int64_t kInputs = 32;  // of a block
+  // One tile: a stream long enough for the processor's own prefetcher, unless every other line is left out.
+  static constexpr bool kFetchesStream = false;
+  const uint16_t* pairs;  // [K/2][32][2]
 
   INLINE int64_t bytes(int64_t cols) { return gptoss::cpu::bf16_panel_bytes(cols); }
   INLINE Bf16Panel at(const uint8_t* panel, int64_t) { return {(const uint16_t*)panel}; }
 
-  template <int T>
-  INLINE void add_block(F32 (&sums)[kHalves][T], const Bf16Panel& p, int64_t block, int64_t half, const Packed* x) {
+  template <int64_t H, int T>
+  INLINE void add_block(F32 (&sums)[H][T], const Bf16Panel& p, int64_t block, int64_t half, const Packed* x) {
     const uint16_t* w = p.pairs + block * 1024 + half * 32;
     for (int64_t pair = 0; pair < 16; ++pair, w += 64, x += 2 * T) {
-      Weights weights[kHalves];
-      UNROLL for (int h = 0; h < kHalves; ++h) weights[h] = load_weights(w + 32 * h);
-      add_pair<T>(sums, weights, x);
+      decltype(panel_weights(w)) weights[H];
+      UNROLL for (int h = 0; h < H; ++h) weights[h] = panel_weights(w + 32 * h);
+      add_pair(sums, weights, x);
     }
   }
   INLINE F32 accumulate(F32 total, F32 sum, const Bf16Panel&, int64_t, int64_t) { return add(total, sum); }
@@ -45,6 +39,7 @@ struct Bf16Panel {
 
 struct Mxfp4Panel {
   static constexpr bool kScaled = true;
+  static constexpr int64_t kInputs = 32;
   static constexpr bool kFetchesStream = true;
   const uint8_t* scales;  // [K/32][32]
   const uint8_t* codes;   // [K/8][32][4]
@@ -52,26 +47,27 @@ struct Mxfp4Panel {
   INLINE int64_t bytes(int64_t cols) { return gptoss::cpu::mxfp4_panel_bytes(cols); }
   INLINE Mxfp4Panel at(const uint8_t* panel, int64_t cols) { return {panel, panel + gptoss::cpu::mxfp4_scale_bytes(cols)}; }
 
-  template <int j, int T>
-  INLINE void add_code_pair(F32 (&sums)[kHalves][T], const Codes (&codes)[kHalves], const Packed* x) {
-    Weights weights[kHalves];
-    UNROLL for (int h = 0; h < kHalves; ++h) weights[h] = code_pair<j>(codes[h]);
-    add_pair<T>(sums, weights, x + 2 * T * j);
+  template <int j, int64_t H, int T>
+  INLINE void add_code_pair(F32 (&sums)[H][T], const Codes (&codes)[H], const Packed* x) {
+    decltype(code_pair<j>(codes[0])) weights[H];
+    UNROLL for (int h = 0; h < H; ++h) weights[h] = code_pair<j>(codes[h]);
+    add_pair(sums, weights, x + 2 * T * j);
   }
 
-  template <int T>
-  INLINE void add_block(F32 (&sums)[kHalves][T], const Mxfp4Panel& p, int64_t block, int64_t half, const Packed* x) {
+  template <int64_t H, int T>
+  INLINE void add_block(F32 (&sums)[H][T], const Mxfp4Panel& p, int64_t block, int64_t half, const Packed* x) {
     const uint8_t* c = p.codes + block * 512 + half * 64;
     for (int64_t group = 0; group < 4; ++group, c += 128, x += 8 * T) {
-      Codes codes[kHalves];
-      UNROLL for (int h = 0; h < kHalves; ++h) codes[h] = load_codes(c + 64 * h);
-      add_code_pair<0, T>(sums, codes, x);
-      add_code_pair<1, T>(sums, codes, x);
-      add_code_pair<2, T>(sums, codes, x);
-      add_code_pair<3, T>(sums, codes, x);
+      Codes codes[H];
+      UNROLL for (int h = 0; h < H; ++h) codes[h] = load_codes(c + 64 * h);
+      add_code_pair<0>(sums, codes, x);
+      add_code_pair<1>(sums, codes, x);
+      add_code_pair<2>(sums, codes, x);
+      add_code_pair<3>(sums, codes, x);
     }
   }
   INLINE F32 accumulate(F32 total, F32 sum, const Mxfp4Panel& p, int64_t block, int64_t half) {
+    if constexpr (kCodeUnit != 1) sum = mul(sum, set1(kCodeUnit));
     return fma(sum, load_scales(p.scales + block * 32 + half * 16), total);
   }
 };
@@ -90,18 +86,19 @@ INLINE void fetch(Ahead& ahead) {
 // totals: [2 halves][T][16] = panel x tile
 template <class Panel, int T>
 static void panel_times_tile(float* totals, const Panel& panel, const Packed* x, int64_t cols, Ahead ahead) {
-  for (int64_t half = 0; half < 2; half += kHalves) {
+  constexpr int64_t H = halves(T);
+  for (int64_t half = 0; half < 2; half += H) {
     float* out = totals + half * T * kLanes;
-    for (int64_t i = 0; i < kHalves * T; ++i) store(out + i * kLanes, zero());
+    for (int64_t i = 0; i < H * T; ++i) store(out + i * kLanes, zero());
     for (int64_t block = 0; block < cols / 32; ++block) {
       fetch(ahead);
-      // Or GCC carries running sums over to the next block in registers, and sums of this block have none (bfloat16 panels; FP4
-      // panels are quicker with it).
-      if constexpr (!Panel::kScaled) __asm__ volatile("" : "+r"(out));
-      F32 sums[kHalves][T];
-      UNROLL for (int h = 0; h < kHalves; ++h) { UNROLL for (int t = 0; t < T; ++t) sums[h][t] = zero(); }
-      Panel::template add_block<T>(sums, panel, block, half, x + block * 32 * T);
-      UNROLL for (int h = 0; h < kHalves; ++h) {
+      // Or GCC carries running sums over to the next block in registers, and sums of this block have none (FP4 panels with 32
+      // registers are quicker with it).
+      if constexpr (!Panel::kScaled || kHalves == 1) __asm__ volatile("" : "+r"(out));
+      F32 sums[H][T];
+      UNROLL for (int h = 0; h < H; ++h) { UNROLL for (int t = 0; t < T; ++t) sums[h][t] = zero(); }
+      Panel::add_block(sums, panel, block, half, x + block * 32 * T);
+      UNROLL for (int h = 0; h < H; ++h) {
         UNROLL for (int t = 0; t < T; ++t) {
           float* total = out + (h * T + t) * kLanes;
           store(total, Panel::accumulate(load(total), sums[h][t], panel, block, half + h));
@@ -207,7 +204,8 @@ template <class Product>
 static void multiply_panels(const MatmulArgs& a) {
   using gptoss::cpu::tile_start;
   using Panel = typename Product::Panel;
-  const int64_t bytes = Panel::bytes(a.cols), blocks = a.cols / 32, n_tiles = gptoss::cpu::n_tiles(a.n_tokens, Product::kTiles);
+  const int64_t bytes = Panel::bytes(a.cols), blocks = gptoss::cpu::round_up(a.cols, Panel::kInputs) / Panel::kInputs;
+  const int64_t n_tiles = gptoss::cpu::n_tiles(a.n_tokens, Product::kTiles);
   const int64_t step = gptoss::cpu::round_up(bytes / (n_tiles * blocks), 64);
   for (int64_t panel = a.first_panel; panel < a.first_panel + a.n_panels; ++panel) {
     const uint8_t* data = a.panels + panel * bytes;
@@ -216,7 +214,7 @@ static void multiply_panels(const MatmulArgs& a) {
       const int64_t first = tile_start(a.n_tokens, n_tiles, i), n = tile_start(a.n_tokens, n_tiles, i + 1) - first;
       Ahead ahead;  // the next panel, spread over all tiles
       if (n_tiles > 1 && next && i * blocks * step < bytes) ahead = {next + i * blocks * step, step};
-      if (n_tiles == 1 && Panel::kFetchesStream) ahead = {data + kStreamAhead, step};
+      if (n_tiles == 1 && (Panel::kFetchesStream || halves(n) == 1)) ahead = {data + kStreamAhead, step};
       multiply_tile<Product, Product::kTiles.alone>(a, data, panel, first, n, ahead);
     }
   }

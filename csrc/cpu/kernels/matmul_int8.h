@@ -8,12 +8,12 @@
 
 namespace {
 
-// Adds one quad of inputs of kInt8Halves x 16 rows times T tokens.
-template <int T, class W>
-INLINE void add_quad(I32 (&sums)[kInt8Halves][T], const W (&w)[kInt8Halves], const int8_t* x) {
+// Adds one quad of inputs of 16 or 32 rows times T tokens.
+template <int64_t H, int T, class W>
+INLINE void add_quad(I32 (&sums)[H][T], const W (&w)[H], const int8_t* x) {
   UNROLL for (int t = 0; t < T; ++t) {
     const Quad token = load_quad(x + 4 * t);
-    UNROLL for (int h = 0; h < kInt8Halves; ++h) sums[h][t] = dot4(sums[h][t], w[h], token);
+    UNROLL for (int h = 0; h < H; ++h) sums[h][t] = dot4(sums[h][t], w[h], token);
   }
 }
 
@@ -25,13 +25,13 @@ struct Int8Panel {
 
   INLINE int64_t bytes(int64_t cols) { return gptoss::cpu::int8_panel_bytes(cols); }
   INLINE Int8Panel at(const uint8_t* panel, int64_t) { return {panel}; }
-  template <int T>
-  INLINE void add_block(I32 (&sums)[kInt8Halves][T], const Int8Panel& p, int64_t block, int64_t half, const int8_t* x) {
+  template <int64_t H, int T>
+  INLINE void add_block(I32 (&sums)[H][T], const Int8Panel& p, int64_t block, int64_t half, const int8_t* x) {
     const uint8_t* bytes = p.blocks + block * kInt8BlockBytes + 64 + half * 64;
     UNROLL for (int64_t quad = 0; quad < kInputs / 4; ++quad, bytes += 128, x += 4 * T) {
-      W w[kInt8Halves];
-      UNROLL for (int h = 0; h < kInt8Halves; ++h) w[h] = load_int8(bytes + 64 * h);
-      add_quad<T>(sums, w, x);
+      W w[H];
+      UNROLL for (int h = 0; h < H; ++h) w[h] = load_int8(bytes + 64 * h);
+      add_quad(sums, w, x);
     }
   }
   INLINE F32 scales(const Int8Panel& p, int64_t block, int64_t half) {
@@ -49,14 +49,14 @@ struct CodePanel {
 
   INLINE int64_t bytes(int64_t cols) { return gptoss::cpu::mxfp4_panel_bytes(cols); }
   INLINE CodePanel at(const uint8_t* panel, int64_t cols) { return {panel, panel + gptoss::cpu::mxfp4_scale_bytes(cols)}; }
-  template <int T>
-  INLINE void add_block(I32 (&sums)[kInt8Halves][T], const CodePanel& p, int64_t block, int64_t half, const int8_t* x) {
+  template <int64_t H, int T>
+  INLINE void add_block(I32 (&sums)[H][T], const CodePanel& p, int64_t block, int64_t half, const int8_t* x) {
     const uint8_t* c = p.codes + block * 512 + half * 64;
     UNROLL for (int64_t group = 0; group < 4; ++group, c += 128, x += 8 * T) {
-      W low[kInt8Halves], high[kInt8Halves];
-      UNROLL for (int h = 0; h < kInt8Halves; ++h) decode_codes(low[h], high[h], c + 64 * h);
-      add_quad<T>(sums, low, x);
-      add_quad<T>(sums, high, x + 4 * T);
+      W low[H], high[H];
+      UNROLL for (int h = 0; h < H; ++h) decode_codes(low[h], high[h], c + 64 * h);
+      add_quad(sums, low, x);
+      add_quad(sums, high, x + 4 * T);
     }
   }
   INLINE F32 scales(const CodePanel& p, int64_t block, int64_t half) {
@@ -72,25 +72,26 @@ template <class Panel, int T>
 static void int8_panel_times_tile(float* totals, const Panel& panel, const uint8_t* tile, int64_t cols, Ahead ahead) {
   using W = typename Panel::W;
   constexpr int64_t kTokenBytes = gptoss::cpu::int8_token_block_bytes(Panel::kInputs);
-  for (int64_t half = 0; half < 2; half += kInt8Halves) {
+  constexpr int64_t H = int8_halves(T);
+  for (int64_t half = 0; half < 2; half += H) {
     const float* starts = (const float*)tile;  // [T]
-    F32 running[kInt8Halves][T];
-    UNROLL for (int t = 0; t < T; ++t) { UNROLL for (int h = 0; h < kInt8Halves; ++h) running[h][t] = set1(starts[t]); }
+    F32 running[H][T];
+    UNROLL for (int t = 0; t < T; ++t) { UNROLL for (int h = 0; h < H; ++h) running[h][t] = set1(starts[t]); }
     const uint8_t* tokens = tile + 4 * T;
     for (int64_t block = 0; block * Panel::kInputs < cols; ++block, tokens += T * kTokenBytes) {
       fetch(ahead);
       const int32_t* scales = (const int32_t*)tokens;  // [T]
       const int32_t* corrections = scales + T;         // [T]
-      I32 sums[kInt8Halves][T];
-      UNROLL for (int t = 0; t < T; ++t) { UNROLL for (int h = 0; h < kInt8Halves; ++h) sums[h][t] = start<W>(corrections[t]); }
-      Panel::template add_block<T>(sums, panel, block, half, (const int8_t*)(corrections + T));
-      UNROLL for (int h = 0; h < kInt8Halves; ++h) {
+      I32 sums[H][T];
+      UNROLL for (int t = 0; t < T; ++t) { UNROLL for (int h = 0; h < H; ++h) sums[h][t] = start<W>(corrections[t]); }
+      Panel::add_block(sums, panel, block, half, (const int8_t*)(corrections + T));
+      UNROLL for (int h = 0; h < H; ++h) {
         const F32 weight_scales = Panel::scales(panel, block, half + h);
         UNROLL for (int t = 0; t < T; ++t) running[h][t] =
-            fma(to_float(sums[h][t]), Panel::times(weight_scales, scales[t]), running[h][t]);
+            fma(to_float<W>(sums[h][t]), Panel::times(weight_scales, scales[t]), running[h][t]);
       }
     }
-    UNROLL for (int h = 0; h < kInt8Halves; ++h) {
+    UNROLL for (int h = 0; h < H; ++h) {
       UNROLL for (int t = 0; t < T; ++t) store(totals + ((half + h) * T + t) * kLanes, running[h][t]);
     }
   }

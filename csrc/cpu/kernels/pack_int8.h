@@ -32,7 +32,7 @@ constexpr int kInt8Vectors = kInt8Block / kLanes;
 
 INLINE uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
-// One row's block of weights, n inputs of it; codes: [16 quads] of 4, `stride` bytes apart, plus 128.
+// One row's block of weights, n inputs of it; codes: [16 quads] of 4, `stride` bytes apart, plus kInt8Offset.
 INLINE uint16_t pack_int8_block(uint8_t* codes, int64_t stride, const uint16_t* source, int64_t n) {
   F32 x[kInt8Vectors];
   for (int i = 0; i < kInt8Vectors; ++i) x[i] = i * kLanes < n ? load_bf16(source + i * kLanes) : zero();
@@ -45,7 +45,7 @@ INLINE uint16_t pack_int8_block(uint8_t* codes, int64_t stride, const uint16_t* 
     for (int i = 0; i < kInt8Vectors; ++i) to_int8(rounded + i * kLanes, mul(x[i], inverse));
   }
   for (int64_t quad = 0; quad < kInt8Block / 4; ++quad)
-    for (int64_t i = 0; i < 4; ++i) codes[quad * stride + i] = (uint8_t)(rounded[quad * 4 + i] + 128);
+    for (int64_t i = 0; i < 4; ++i) codes[quad * stride + i] = (uint8_t)(rounded[quad * 4 + i] + kInt8Offset);
   return finite ? scale : 0x7FC0;
 }
 
@@ -82,7 +82,7 @@ static void pack_int8_tile(uint8_t* tile, const float* x, int64_t stride, const 
         __builtin_memcpy(&scale_bits, &scale, 4);
         scale_bits += scale_offset;
       }
-      const int32_t correction = -offset * sum;
+      const int32_t correction = correction_of(codes, sum, offset);
       __builtin_memcpy(block + 4 * t, &scale_bits, 4);
       __builtin_memcpy(block + 4 * (n + t), &correction, 4);
       for (int64_t quad = 0; quad < kInputs / 4; ++quad)
@@ -97,7 +97,7 @@ static void pack_tokens_int8(void* tile, const float* x, int64_t stride, const i
   if (mxfp4)
     pack_int8_tile<32>((uint8_t*)tile, x, stride, rows, n, cols, 12, -(128 << 23));
   else
-    pack_int8_tile<kInt8Block>((uint8_t*)tile, x, stride, rows, n, cols, 128, 0);
+    pack_int8_tile<kInt8Block>((uint8_t*)tile, x, stride, rows, n, cols, kInt8Offset, 0);
 }
 
 }  // namespace

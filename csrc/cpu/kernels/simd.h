@@ -4,6 +4,7 @@
 //   Weights   one bfloat16 pair of inputs for each of 16 output rows
 //   Tokens    one pair of inputs of one token, in every lane
 //   dot2      acc + w.even * t.even + w.odd * t.odd, lane by lane
+//   kTile     tokens whose sums fit in registers; halves(tokens): times 16 rows, or 32
 //
 // The sets round differently among themselves (fused or not); within a set every path uses these same operations in the
 // same order. Compiled with -ffp-contract=off, so nothing is fused that is not written as fma.
@@ -81,8 +82,10 @@ INLINE __m512i code_table() {  // the 16 codes in bfloat16, twice: vpermw looks 
   return _mm512_broadcast_i64x4(once);
 }
 
+constexpr int64_t kHalves = 2;
+constexpr int64_t halves(int64_t) { return 2; }
 #if defined(__AVX512BF16__)
-constexpr int64_t kTile = 12, kHalves = 2;
+constexpr int64_t kTile = 12;
 using Packed = uint16_t;
 using Weights = __m512i;
 using Tokens = __m512i;
@@ -91,7 +94,7 @@ INLINE Tokens load_tokens(const Packed* p) { return _mm512_set1_epi32(*(const in
 INLINE F32 dot2(F32 acc, Weights w, Tokens t) { return _mm512_dpbf16_ps(acc, (__m512bh)w, (__m512bh)t); }
 INLINE Weights from_pairs(__m512i pairs) { return pairs; }
 #else
-constexpr int64_t kTile = 8, kHalves = 2;
+constexpr int64_t kTile = 8;
 using Packed = float;
 struct Weights {
   F32 even, odd;
@@ -109,6 +112,7 @@ INLINE F32 dot2(F32 acc, Weights w, Tokens t) { return fma(w.odd, t.odd, fma(w.e
 #endif
 
 // Codes of 8 inputs of 16 rows (64 bytes) -> pair j holds inputs 2j and 2j + 1.
+constexpr float kCodeUnit = 1;
 struct Codes {
   __m512i words;
 };
@@ -192,44 +196,96 @@ INLINE F32 load_scales(const uint8_t* p) {
   return {scales8(bytes), scales8(_mm_srli_si128(bytes, 8))};
 }
 
-constexpr int64_t kTile = 4, kHalves = 1;
+constexpr int64_t kTile = 6, kHalves = 1;
+// Sums of one token and 16 rows are too few chains: each addition would wait for the one before.
+constexpr int64_t halves(int64_t tokens) { return tokens <= 2 ? 2 : 1; }
 using Packed = float;
-struct Weights {
-  F32 even, odd;
+struct Weights {  // as they are in memory
+  __m256i lo, hi;
 };
 struct Tokens {
   __m256 even, odd;
 };
 INLINE __m256 even_of(__m256i pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
 INLINE __m256 odd_of(__m256i pairs) { return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32((int)0xFFFF0000))); }
+INLINE F32 even_of(const Weights& w) { return {even_of(w.lo), even_of(w.hi)}; }
+INLINE F32 odd_of(const Weights& w) { return {odd_of(w.lo), odd_of(w.hi)}; }
 INLINE Weights load_weights(const uint16_t* p) {
-  __m256i lo = _mm256_loadu_si256((const __m256i*)p), hi = _mm256_loadu_si256((const __m256i*)(p + 16));
-  return {{even_of(lo), even_of(hi)}, {odd_of(lo), odd_of(hi)}};
+  return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 16))};
 }
 INLINE Tokens load_tokens(const Packed* p) { return {_mm256_set1_ps(p[0]), _mm256_set1_ps(p[1])}; }
-INLINE F32 dot2(F32 acc, const Weights& w, Tokens t) {
-  acc = {_mm256_fmadd_ps(w.even.lo, t.even, acc.lo), _mm256_fmadd_ps(w.even.hi, t.even, acc.hi)};
-  return {_mm256_fmadd_ps(w.odd.lo, t.odd, acc.lo), _mm256_fmadd_ps(w.odd.hi, t.odd, acc.hi)};
+INLINE F32 dot1(F32 acc, F32 w, __m256 t) { return {_mm256_fmadd_ps(w.lo, t, acc.lo), _mm256_fmadd_ps(w.hi, t, acc.hi)}; }
+// The same in a product's panels: loaded twice, for want of registers.
+struct PanelWeights {
+  const uint16_t* pairs;
+};
+INLINE PanelWeights panel_weights(const uint16_t* p) { return {p}; }
+INLINE F32 even_of(PanelWeights w) { return even_of(load_weights(w.pairs)); }
+INLINE F32 odd_of(PanelWeights w) {
+  __asm__("" : "+r"(w.pairs));
+  return odd_of(load_weights(w.pairs));
 }
+INLINE F32 dot2(F32 acc, const Weights& w, Tokens t) { return dot1(dot1(acc, even_of(w), t.even), odd_of(w), t.odd); }
 
+// Codes of 8 inputs of 16 rows, as bytes of twice the value: those of the low nibbles, and of the high ones. A byte in the top
+// of a lane is 2^25 times the value after one conversion; a block's sums are so much larger, and must stay below 2^128.
 struct Codes {
+  __m256i low_lo, low_hi, high_lo, high_hi;
+};
+constexpr float kCodeUnit = 0x1p-25f;  // what code_pair's 1 stands for
+INLINE __m256i doubled_values(__m256i nibbles) {
+  const __m256i table = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12));
+  return _mm256_shuffle_epi8(table, _mm256_and_si256(nibbles, _mm256_set1_epi8(15)));
+}
+INLINE Codes load_codes(const uint8_t* p) {
+  const __m256i a = _mm256_loadu_si256((const __m256i*)p), b = _mm256_loadu_si256((const __m256i*)(p + 32));
+  Codes codes = {doubled_values(a), doubled_values(b), doubled_values(_mm256_srli_epi16(a, 4)),
+                 doubled_values(_mm256_srli_epi16(b, 4))};
+  __asm__("" : "+m"(codes));  // or they take registers, and sums are kept in memory
+  return codes;
+}
+// Two inputs of 16 rows: bytes n and n + 2 of every four.
+template <int n>
+struct CodePair {
   __m256i lo, hi;
 };
-INLINE Codes load_codes(const uint8_t* p) {
-  return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))};
-}
-// Nibble n of every lane: the magnitude by vpermps (it looks at 3 bits), the sign moved up to bit 31.
 template <int n>
-INLINE __m256 nibble(__m256i v) {
-  const __m256 magnitudes = _mm256_setr_ps(0.f, .5f, 1.f, 1.5f, 2.f, 3.f, 4.f, 6.f);
-  __m256i index = n ? _mm256_srli_epi32(v, 4 * n) : v;
-  __m256i sign = n < 7 ? _mm256_slli_epi32(v, 28 - 4 * n) : v;
-  sign = _mm256_and_si256(sign, _mm256_set1_epi32((int)0x80000000));
-  return _mm256_or_ps(_mm256_permutevar8x32_ps(magnitudes, index), _mm256_castsi256_ps(sign));
+INLINE __m256 byte_of(__m256i v) {
+  if constexpr (n == 0) return _mm256_cvtepi32_ps(_mm256_slli_epi32(v, 24));
+  if constexpr (n == 3) return _mm256_cvtepi32_ps(_mm256_and_si256(v, _mm256_set1_epi32((int)0xFF000000)));
+  constexpr char z = (char)0x80;
+  const __m256i to_top =
+      _mm256_broadcastsi128_si256(_mm_setr_epi8(z, z, z, n, z, z, z, n + 4, z, z, z, n + 8, z, z, z, n + 12));
+  return _mm256_cvtepi32_ps(_mm256_shuffle_epi8(v, to_top));
+}
+template <int n>
+INLINE F32 even_of(CodePair<n> w) {
+  return {byte_of<n>(w.lo), byte_of<n>(w.hi)};
+}
+template <int n>
+INLINE F32 odd_of(CodePair<n> w) {
+  return {byte_of<n + 2>(w.lo), byte_of<n + 2>(w.hi)};
 }
 template <int j>
-INLINE Weights code_pair(const Codes& c) {
-  return {{nibble<j>(c.lo), nibble<j>(c.hi)}, {nibble<j + 4>(c.lo), nibble<j + 4>(c.hi)}};
+INLINE CodePair<j / 2> code_pair(const Codes& c) {
+  if constexpr (j % 2)
+    return {c.high_lo, c.high_hi};
+  else
+    return {c.low_lo, c.low_hi};
+}
+
+// Adds one pair of inputs of 16 or 32 rows times T tokens: first the even input, then the odd one, or there were not registers
+// enough for 12 sums.
+template <int64_t H, int T, class W>
+INLINE void add_pair(F32 (&sums)[H][T], const W (&w)[H], const Packed* x) {
+  UNROLL for (int odd = 0; odd < 2; ++odd) {
+    F32 inputs[H];
+    UNROLL for (int h = 0; h < H; ++h) inputs[h] = odd ? odd_of(w[h]) : even_of(w[h]);
+    UNROLL for (int t = 0; t < T; ++t) {
+      const __m256 token = _mm256_broadcast_ss(x + 2 * t + odd);
+      UNROLL for (int h = 0; h < H; ++h) sums[h][t] = dot1(sums[h][t], inputs[h], token);
+    }
+  }
 }
 
 #else
@@ -296,8 +352,9 @@ INLINE F32 load_scales(const uint8_t* p) LANES(F32, bits_to_float(p[i] ? (uint32
 
     // clang-format on
 
-    constexpr int64_t kTile = 4,
-                      kHalves = 1;
+    constexpr int64_t kTile = 4;
+constexpr int64_t kHalves = 1;
+constexpr int64_t halves(int64_t) { return 1; }
 using Packed = float;
 struct Weights {
   F32 even, odd;
@@ -322,6 +379,7 @@ INLINE F32 dot2(const F32& acc, const Weights& w, Tokens t) LANES(F32, (acc.v[i]
   const uint8_t* bytes;
 };
 INLINE Codes load_codes(const uint8_t* p) { return {p}; }
+constexpr float kCodeUnit = 1;
 template <int j>
 INLINE Weights code_pair(Codes codes) {
   constexpr float values[16] = {0.f, .5f, 1.f, 1.5f, 2.f, 3.f, 4.f, 6.f, -0.f, -.5f, -1.f, -1.5f, -2.f, -3.f, -4.f, -6.f};
@@ -338,6 +396,18 @@ INLINE Weights code_pair(Codes codes) {
 
 // ------------------------------------------------------------------------------------------------ in these terms
 constexpr int64_t kLanes = 16;
+
+#if defined(__AVX512BW__) || !defined(__AVX2__)
+INLINE Weights panel_weights(const uint16_t* p) { return load_weights(p); }
+// Adds one pair of inputs of 16 or 32 rows times T tokens.
+template <int64_t H, int T>
+INLINE void add_pair(F32 (&sums)[H][T], const Weights (&w)[H], const Packed* x) {
+  UNROLL for (int t = 0; t < T; ++t) {
+    const Tokens token = load_tokens(x + 2 * t);
+    UNROLL for (int h = 0; h < H; ++h) sums[h][t] = dot2(sums[h][t], w[h], token);
+  }
+}
+#endif
 
 #if defined(__AVX2__)
 #if defined(__AVX512BW__)

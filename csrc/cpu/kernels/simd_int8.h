@@ -3,10 +3,11 @@
 //   I32          16 int32
 //   Quad         four signed inputs of one token, in every lane
 //   CodeWeights  four FP4 weights of each of 16 output rows, unsigned: twice the value, plus 12 (0 .. 24)
-//   Int8Weights  four int8 weights of each of 16 output rows, unsigned: plus 128 (1 .. 255)
+//   Int8Weights  four int8 weights of each of 16 output rows, as kInt8Offset has it: plus 128 (1 .. 255), or signed
 //   start<W>     what a block's sums start from: the offset's part of them taken away beforehand
 //   add_bits     adds to the bits of a float32: a whole number << 23 multiplies by a power of two
 //   dot4         acc + the four products, lane by lane; integers, so exact in every set
+//   kInt8Tiles   tokens whose sums fit in registers; int8_halves(tokens): times 16 rows, or 32
 #pragma once
 #include "cpu/kernel_table.h"
 #include "simd.h"
@@ -21,7 +22,8 @@ namespace {
 #if defined(__AVX512BW__)
 // ------------------------------------------------------------------------------------------------------ AVX-512
 constexpr gptoss::cpu::TileSizes kInt8Tiles = {6, 8};
-constexpr int64_t kInt8Halves = 2;
+constexpr int64_t int8_halves(int64_t) { return 2; }
+constexpr int kInt8Offset = 128;
 using I32 = __m512i;
 using Quad = __m512i;
 struct CodeWeights {
@@ -30,7 +32,10 @@ struct CodeWeights {
 struct Int8Weights {
   __m512i bytes;
 };
-INLINE F32 to_float(I32 x) { return _mm512_cvtepi32_ps(x); }
+template <class W>
+INLINE F32 to_float(I32 x) {
+  return _mm512_cvtepi32_ps(x);
+}
 INLINE F32 load_exponents(const uint8_t* p) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p)), 23));
 }
@@ -70,6 +75,8 @@ INLINE uint32_t largest_bits(F32 a, F32 b) {
   return _mm512_reduce_max_epu32(_mm512_max_epu32(_mm512_and_si512(_mm512_castps_si512(a), magnitude),
                                                   _mm512_and_si512(_mm512_castps_si512(b), magnitude)));
 }
+// What a token's sums of a block start from; codes: the block's, sum: of all of them.
+INLINE int32_t correction_of(const int8_t*, int32_t sum, int32_t offset) { return -offset * sum; }
 // 16 numbers, |x| <= 127.5, to the nearest int8 in quad order; returns their sum.
 INLINE int32_t to_int8(int8_t* out, F32 x) {
   const __m512i n = _mm512_cvtps_epi32(x);
@@ -80,24 +87,10 @@ INLINE int32_t to_int8(int8_t* out, F32 x) {
 
 #elif defined(__AVX2__)
 // --------------------------------------------------------------------------------------------------------- AVX2
-// vpmaddubsw adds two products in 16 bits: enough for codes (24 x 127 x 2), and for int8 with the weights' signs moved over to
-// the tokens (127 x 127 x 2), which leaves no offset to take away.
-constexpr gptoss::cpu::TileSizes kInt8Tiles = {4, 4};
-constexpr int64_t kInt8Halves = 1;
 struct I32 {
   __m256i lo, hi;
 };
 using Quad = __m256i;
-struct CodeWeights {
-  static constexpr bool kOffset = true;
-  __m256i lo, hi;
-};
-struct Int8Weights {
-  static constexpr bool kOffset = false;
-  __m256i lo, hi;            // signed
-  __m256i size_lo, size_hi;  // their magnitudes
-};
-INLINE F32 to_float(I32 x) { return {_mm256_cvtepi32_ps(x.lo), _mm256_cvtepi32_ps(x.hi)}; }
 INLINE __m256 exponents8(__m128i bytes) { return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu8_epi32(bytes), 23)); }
 INLINE F32 load_exponents(const uint8_t* p) {
   const __m128i bytes = _mm_loadu_si128((const __m128i*)p);
@@ -110,27 +103,89 @@ INLINE Quad load_quad(const int8_t* p) {
   __builtin_memcpy(&word, p, 4);
   return _mm256_set1_epi32(word);
 }
+
+constexpr gptoss::cpu::TileSizes kInt8Tiles = {6, 6};
+constexpr int64_t int8_halves(int64_t tokens) { return tokens <= 2 ? 2 : 1; }
+#if defined(__AVXVNNI__)
+constexpr int kInt8Offset = 128;
+struct CodeWeights {
+  __m256i lo, hi;
+};
+struct Int8Weights {
+  __m256i lo, hi;
+};
+template <class W>
+INLINE F32 to_float(I32 x) {
+  return {_mm256_cvtepi32_ps(x.lo), _mm256_cvtepi32_ps(x.hi)};
+}
+template <class W>
+INLINE I32 start(int32_t correction) {
+  const __m256i both = _mm256_set1_epi32(correction);
+  return {both, both};
+}
+template <class W>
+INLINE I32 dot4(I32 acc, const W& w, Quad t) {
+  return {_mm256_dpbusd_avx_epi32(acc.lo, w.lo, t), _mm256_dpbusd_avx_epi32(acc.hi, w.hi, t)};
+}
+INLINE Int8Weights load_int8(const uint8_t* p) {
+  return {_mm256_loadu_si256((const __m256i*)p), _mm256_loadu_si256((const __m256i*)(p + 32))};
+}
+INLINE int32_t correction_of(const int8_t*, int32_t sum, int32_t offset) { return -offset * sum; }
+#else
+// vpmaddubsw multiplies and adds two products in 16 bits, with saturation: enough for two of codes (24 x 127 x 2).
+// Codes: 16 bits even hold what 16 inputs come to without the offset (12 x 127 x 16). So sums stay int16 for a block, start
+// from the offset's part taken away, and may wrap on the way: two instructions for four inputs (vpaddw), and vpmaddwd once a
+// block. int8: weights' signs move over to the tokens (127 x 127 x 2, and no offset): vpsignb, vpmaddubsw, vpmaddwd and vpaddd.
+constexpr int kInt8Offset = 0;
+struct CodeWeights {
+  static constexpr bool kOffset = true;
+  __m256i lo, hi;
+};
+struct Int8Weights {
+  static constexpr bool kOffset = false;
+  __m256i lo, hi;            // signed
+  __m256i size_lo, size_hi;  // their magnitudes
+};
+INLINE __m256i add_lanes(__m256i x) { return _mm256_madd_epi16(x, _mm256_set1_epi16(1)); }
+template <class W>
+INLINE F32 to_float(I32 x) {
+  if constexpr (W::kOffset) x = {add_lanes(x.lo), add_lanes(x.hi)};  // pairs of int16
+  return {_mm256_cvtepi32_ps(x.lo), _mm256_cvtepi32_ps(x.hi)};
+}
 template <class W>
 INLINE I32 start(int32_t correction) {
   const __m256i both = _mm256_set1_epi32(W::kOffset ? correction : 0);
   return {both, both};
 }
+// Or GCC adds up all products of a block as a tree, and keeps them in memory until then.
+INLINE __m256i in_order(__m256i sum) {
+  __asm__("" : "+x"(sum));
+  return sum;
+}
 INLINE __m256i add_products(__m256i acc, __m256i w, __m256i t) {
-  return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, t), _mm256_set1_epi16(1)));
+  return in_order(_mm256_add_epi32(acc, add_lanes(_mm256_maddubs_epi16(w, t))));
 }
 INLINE I32 dot4(I32 acc, const CodeWeights& w, Quad t) {
-  return {add_products(acc.lo, w.lo, t), add_products(acc.hi, w.hi, t)};
+  return {in_order(_mm256_add_epi16(acc.lo, _mm256_maddubs_epi16(w.lo, t))),
+          in_order(_mm256_add_epi16(acc.hi, _mm256_maddubs_epi16(w.hi, t)))};
 }
 INLINE I32 dot4(I32 acc, const Int8Weights& w, Quad t) {
   return {add_products(acc.lo, w.size_lo, _mm256_sign_epi8(t, w.lo)),
           add_products(acc.hi, w.size_hi, _mm256_sign_epi8(t, w.hi))};
 }
 INLINE Int8Weights load_int8(const uint8_t* p) {
-  const __m256i offset = _mm256_set1_epi8((char)0x80);
-  const __m256i lo = _mm256_xor_si256(_mm256_loadu_si256((const __m256i*)p), offset);
-  const __m256i hi = _mm256_xor_si256(_mm256_loadu_si256((const __m256i*)(p + 32)), offset);
+  const __m256i lo = _mm256_loadu_si256((const __m256i*)p), hi = _mm256_loadu_si256((const __m256i*)(p + 32));
   return {lo, hi, _mm256_abs_epi8(lo), _mm256_abs_epi8(hi)};
 }
+INLINE int32_t correction_of(const int8_t* codes, int32_t, int32_t offset) {
+  const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8((char)offset), _mm256_loadu_si256((const __m256i*)codes));
+  __m128i n = _mm_add_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1));
+  n = _mm_add_epi16(n, _mm_shuffle_epi32(n, 0x4E));
+  n = _mm_add_epi16(n, _mm_shuffle_epi32(n, 0xB1));
+  return _mm_cvtsi128_si32(_mm_sub_epi16(_mm_setzero_si128(), n));
+}
+#endif
+
 INLINE __m256i offset_codes(__m256i nibbles) {
   const __m256i table = _mm256_broadcastsi128_si256(_mm_setr_epi8(GPTOSS_OFFSET_CODES));
   return _mm256_shuffle_epi8(table, _mm256_and_si256(nibbles, _mm256_set1_epi8(15)));
@@ -163,7 +218,8 @@ INLINE int32_t to_int8(int8_t* out, F32 x) {
 #else
 // ------------------------------------------------------------------------------------------------- any processor
 constexpr gptoss::cpu::TileSizes kInt8Tiles = {4, 4};
-constexpr int64_t kInt8Halves = 1;
+constexpr int64_t int8_halves(int64_t) { return 1; }
+constexpr int kInt8Offset = 128;
 struct I32 {
   int32_t v[16];
 };
@@ -176,6 +232,7 @@ struct CodeWeights {
 struct Int8Weights {
   uint8_t v[64];
 };
+template <class W>
 INLINE F32 to_float(const I32& x) {
   F32 r;
   for (int i = 0; i < 16; ++i) r.v[i] = (float)x.v[i];
@@ -228,6 +285,7 @@ INLINE uint32_t largest_bits(const F32& a, const F32& b) {
   }
   return most;
 }
+INLINE int32_t correction_of(const int8_t*, int32_t sum, int32_t offset) { return -offset * sum; }
 INLINE int32_t to_int8(int8_t* out, const F32& x) {
   constexpr int order[16] = {GPTOSS_QUAD_ORDER};
   const F32 n = round_nearest(x);
