@@ -23,6 +23,7 @@ struct Bf16Panel {
   const uint16_t* pairs;  // [K/2][32][2]
 
   INLINE int64_t bytes(int64_t cols) { return gptoss::cpu::bf16_panel_bytes(cols); }
+  INLINE bool fetches_stream(int64_t n) { return n == 2 || n == 3 || halves(n) == 1; }
   INLINE Bf16Panel at(const uint8_t* panel, int64_t) { return {(const uint16_t*)panel}; }
 
   template <int64_t H, int T>
@@ -40,11 +41,11 @@ struct Bf16Panel {
 struct Mxfp4Panel {
   static constexpr bool kScaled = true;
   static constexpr int64_t kInputs = 32;
-  static constexpr bool kFetchesStream = true;
   const uint8_t* scales;  // [K/32][32]
   const uint8_t* codes;   // [K/8][32][4]
 
   INLINE int64_t bytes(int64_t cols) { return gptoss::cpu::mxfp4_panel_bytes(cols); }
+  INLINE bool fetches_stream(int64_t) { return true; }
   INLINE Mxfp4Panel at(const uint8_t* panel, int64_t cols) { return {panel, panel + gptoss::cpu::mxfp4_scale_bytes(cols)}; }
 
   template <int j, int64_t H, int T>
@@ -197,7 +198,8 @@ static void multiply_tile(const MatmulArgs& a, const uint8_t* data, int64_t pane
   }
 }
 
-// Where a panel meets one tile, so far ahead in the stream that it lies in is fetched.
+// Where a panel meets one tile, so far ahead in the stream that it lies in is fetched; unless the processor's own prefetcher
+// does better, as measured for tiles of n tokens: fetches_stream(n).
 constexpr int64_t kStreamAhead = 16384;
 
 template <class Product>
@@ -214,7 +216,7 @@ static void multiply_panels(const MatmulArgs& a) {
       const int64_t first = tile_start(a.n_tokens, n_tiles, i), n = tile_start(a.n_tokens, n_tiles, i + 1) - first;
       Ahead ahead;  // the next panel, spread over all tiles
       if (n_tiles > 1 && next && i * blocks * step < bytes) ahead = {next + i * blocks * step, step};
-      if (n_tiles == 1 && (Panel::kFetchesStream || halves(n) == 1)) ahead = {data + kStreamAhead, step};
+      if (n_tiles == 1 && Panel::fetches_stream(n)) ahead = {data + kStreamAhead, step};
       multiply_tile<Product, Product::kTiles.alone>(a, data, panel, first, n, ahead);
     }
   }

@@ -19,11 +19,12 @@ INLINE void add_quad(I32 (&sums)[H][T], const W (&w)[H], const int8_t* x) {
 
 struct Int8Panel {
   using W = Int8Weights;
-  static constexpr bool kFetchesStream = true, kMxfp4 = false;
+  static constexpr bool kMxfp4 = false;
   static constexpr int64_t kInputs = kInt8Block;  // of a block
   const uint8_t* blocks;                          // [K/64] of kInt8BlockBytes
 
   INLINE int64_t bytes(int64_t cols) { return gptoss::cpu::int8_panel_bytes(cols); }
+  INLINE bool fetches_stream(int64_t n) { return n > 1; }
   INLINE Int8Panel at(const uint8_t* panel, int64_t) { return {panel}; }
   template <int64_t H, int T>
   INLINE void add_block(I32 (&sums)[H][T], const Int8Panel& p, int64_t block, int64_t half, const int8_t* x) {
@@ -42,12 +43,13 @@ struct Int8Panel {
 
 struct CodePanel {
   using W = CodeWeights;
-  static constexpr bool kFetchesStream = true, kMxfp4 = true;
+  static constexpr bool kMxfp4 = true;
   static constexpr int64_t kInputs = 32;
   const uint8_t* scale_bytes;  // [K/32][32]
   const uint8_t* codes;        // [K/8][32][4]
 
   INLINE int64_t bytes(int64_t cols) { return gptoss::cpu::mxfp4_panel_bytes(cols); }
+  INLINE bool fetches_stream(int64_t) { return true; }
   INLINE CodePanel at(const uint8_t* panel, int64_t cols) { return {panel, panel + gptoss::cpu::mxfp4_scale_bytes(cols)}; }
   template <int64_t H, int T>
   INLINE void add_block(I32 (&sums)[H][T], const CodePanel& p, int64_t block, int64_t half, const int8_t* x) {
