@@ -144,10 +144,10 @@ class CpuBackend final : public Backend {
   void multiply(const MatmulArgs& args) const { fast_ ? kernels_.matmul_int8(args) : kernels_.matmul(args); }
 
   // Units of work that a product's panels are cut into, as alike in size as can be (tile_start): a few a thread, so that a slow
-  // core takes fewer, each a long stream; for many tokens, of at most 4 panels.
-  int64_t n_units(int64_t n_panels, int64_t n_tokens) const {
+  // core takes fewer, each a long stream; for many tokens, of at most `most` panels.
+  int64_t n_units(int64_t n_panels, int64_t n_tokens, int64_t most) const {
     const int64_t few = pool_.size() * 4;
-    return std::min(n_panels, n_tokens > tiles_.alone ? round_up(ceil_div(n_panels, 4), few) : few);
+    return std::min(n_panels, n_tokens > tiles_.alone ? round_up(ceil_div(n_panels, most), few) : few);
   }
   const PageList& pages_of(int64_t row, const KvLayer& cache) const {
     const BatchSequence& sequence = batch_->sequences[batch_->sequence_of[row]];
@@ -273,7 +273,7 @@ void CpuBackend::product(Mat<float> out, Mat<const float> t, const Weight& weigh
   args.epilogue = epilogue;
   args.out = out.data;
   args.out_stride = out.cols;
-  const int64_t panels = ceil_div(weight.rows, kPanelRows), units = n_units(panels, n);
+  const int64_t panels = ceil_div(weight.rows, kPanelRows), units = n_units(panels, n, 8);
   pool_.run(units, [&](int64_t unit, int) {
     MatmulArgs mine = args;
     mine.first_panel = tile_start(panels, units, unit);
@@ -420,7 +420,7 @@ template <class Finish>
 void CpuBackend::expert_products(const Weight& weight, const Buffer& packed, int64_t n_tokens, const Finish& finish) {
   const int64_t panels = ceil_div(weight.rows, kPanelRows), n_groups = static_cast<int64_t>(groups_.size());
   const int64_t long_ago = 2 * pool_.size(),
-                parts = std::min(panels, std::max(long_ago, ceil_div(n_units(panels * n_groups, n_tokens), n_groups)));
+                parts = std::min(panels, std::max(long_ago, ceil_div(n_units(panels * n_groups, n_tokens, 32), n_groups)));
   const auto panels_of = [&](int64_t unit) {
     return weight.storage.as<uint8_t>() + groups_[unit / parts].expert * panels * panel_bytes(weight);
   };
