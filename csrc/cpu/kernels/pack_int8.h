@@ -42,7 +42,7 @@ INLINE uint16_t pack_int8_block(uint8_t* codes, int64_t stride, const uint16_t* 
   int8_t rounded[kInt8Block] = {};
   if (!zeros) {
     const F32 inverse = set1(1.f / as_float((uint32_t)scale << 16));
-    for (int i = 0; i < kInt8Vectors; ++i) to_int8(rounded + i * kLanes, mul(x[i], inverse));
+    for (int i = 0; i < kInt8Vectors; i += 2) to_int8(rounded + i * kLanes, mul(x[i], inverse), mul(x[i + 1], inverse));
   }
   for (int64_t quad = 0; quad < kInt8Block / 4; ++quad)
     for (int64_t i = 0; i < 4; ++i) codes[quad * stride + i] = (uint8_t)(rounded[quad * 4 + i] + kInt8Offset);
@@ -78,10 +78,12 @@ static void pack_int8_tile(uint8_t* tile, const float* x, int64_t stride, const 
       if (bits >= kSmallestBits && bits < kLargestBits) {
         const float largest = as_float(bits), scale = largest / 127.f;
         const F32 inverse = set1(127.f / largest);
-        UNROLL for (int j = 0; j < kVectors; ++j) sum += to_int8(codes + j * kLanes, mul(v[j], inverse));
+        UNROLL for (int j = 0; j < kVectors; j += 2) sum +=
+            to_int8(codes + j * kLanes, mul(v[j], inverse), mul(v[j + 1], inverse));
         __builtin_memcpy(&scale_bits, &scale, 4);
         scale_bits += scale_offset;
       }
+      __asm__("" : "+m"(codes));  // or GCC takes quads out of registers, with two instructions each
       const int32_t correction = correction_of(codes, sum, offset);
       __builtin_memcpy(block + 4 * t, &scale_bits, 4);
       __builtin_memcpy(block + 4 * (n + t), &correction, 4);

@@ -77,12 +77,13 @@ INLINE uint32_t largest_bits(F32 a, F32 b) {
 }
 // What a token's sums of a block start from; codes: the block's, sum: of all of them.
 INLINE int32_t correction_of(const int8_t*, int32_t sum, int32_t offset) { return -offset * sum; }
-// 16 numbers, |x| <= 127.5, to the nearest int8 in quad order; returns their sum.
-INLINE int32_t to_int8(int8_t* out, F32 x) {
-  const __m512i n = _mm512_cvtps_epi32(x);
-  const __m128i order = _mm_setr_epi8(GPTOSS_QUAD_ORDER);
-  _mm_storeu_si128((__m128i*)out, _mm_shuffle_epi8(_mm512_cvtepi32_epi8(n), order));
-  return _mm512_reduce_add_epi32(n);
+// 32 numbers, |x| <= 127.5, to the nearest int8 in quad order; returns their sum.
+INLINE int32_t to_int8(int8_t* out, F32 a, F32 b) {
+  const __m512i m = _mm512_cvtps_epi32(a), n = _mm512_cvtps_epi32(b);
+  const __m256i order = _mm256_broadcastsi128_si256(_mm_setr_epi8(GPTOSS_QUAD_ORDER));
+  const __m256i bytes = _mm256_inserti128_si256(_mm256_castsi128_si256(_mm512_cvtepi32_epi8(m)), _mm512_cvtepi32_epi8(n), 1);
+  _mm256_storeu_si256((__m256i*)out, _mm256_shuffle_epi8(bytes, order));
+  return _mm512_reduce_add_epi32(_mm512_add_epi32(m, n));
 }
 
 #elif defined(__AVX2__)
@@ -204,11 +205,15 @@ INLINE uint32_t largest_bits(F32 a, F32 b) {
   n = _mm_max_epu32(n, _mm_shuffle_epi32(n, 0xB1));
   return (uint32_t)_mm_cvtsi128_si32(n);
 }
-INLINE int32_t to_int8(int8_t* out, F32 x) {
-  const __m256i lo = _mm256_cvtps_epi32(x.lo), hi = _mm256_cvtps_epi32(x.hi), sum = _mm256_add_epi32(lo, hi);
-  const __m256i words = _mm256_permute4x64_epi64(_mm256_packs_epi32(lo, hi), 0xD8);
-  const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
-  _mm_storeu_si128((__m128i*)out, _mm_shuffle_epi8(bytes, _mm_setr_epi8(GPTOSS_QUAD_ORDER)));
+INLINE int32_t to_int8(int8_t* out, F32 a, F32 b) {
+  const __m256i a_lo = _mm256_cvtps_epi32(a.lo), a_hi = _mm256_cvtps_epi32(a.hi), b_lo = _mm256_cvtps_epi32(b.lo),
+                b_hi = _mm256_cvtps_epi32(b.hi);
+  const __m256i sum = _mm256_add_epi32(_mm256_add_epi32(a_lo, a_hi), _mm256_add_epi32(b_lo, b_hi));
+  // Packed lane by lane: 4 bytes of each of a_lo, a_hi, b_lo, b_hi, twice.
+  const __m256i mixed = _mm256_packs_epi16(_mm256_packs_epi32(a_lo, a_hi), _mm256_packs_epi32(b_lo, b_hi));
+  const __m256i bytes = _mm256_permutevar8x32_epi32(mixed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+  const __m256i order = _mm256_broadcastsi128_si256(_mm_setr_epi8(GPTOSS_QUAD_ORDER));
+  _mm256_storeu_si256((__m256i*)out, _mm256_shuffle_epi8(bytes, order));
   __m128i n = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
   n = _mm_add_epi32(n, _mm_shuffle_epi32(n, 0x4E));
   n = _mm_add_epi32(n, _mm_shuffle_epi32(n, 0xB1));
@@ -286,13 +291,14 @@ INLINE uint32_t largest_bits(const F32& a, const F32& b) {
   return most;
 }
 INLINE int32_t correction_of(const int8_t*, int32_t sum, int32_t offset) { return -offset * sum; }
-INLINE int32_t to_int8(int8_t* out, const F32& x) {
+INLINE int32_t to_int8(int8_t* out, const F32& a, const F32& b) {
   constexpr int order[16] = {GPTOSS_QUAD_ORDER};
-  const F32 n = round_nearest(x);
+  const F32 m = round_nearest(a), n = round_nearest(b);
   int32_t sum = 0;
   for (int i = 0; i < 16; ++i) {
-    out[i] = (int8_t)n.v[order[i]];
-    sum += out[i];
+    out[i] = (int8_t)m.v[order[i]];
+    out[16 + i] = (int8_t)n.v[order[i]];
+    sum += out[i] + out[16 + i];
   }
   return sum;
 }
