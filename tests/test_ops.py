@@ -26,7 +26,7 @@ from op_cases import (
     seeded,
 )
 from reference import ENGINE, EXACT, SINGLE
-from small_models import make_ops, small
+from small_models import DEVICE, make_ops, small
 from torch import Tensor
 
 TOKENS = (1, 2, 127, 128, 129)
@@ -143,6 +143,15 @@ def test_moe(isa: str, n: int, shape: tuple[int, int, int], routing: str) -> Non
     if routing != "experts with none":
         assert_bitwise([run(everything, threads) for threads in THREADS])
         assert_rows_alone(run, n)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="threads are of the CPU backend")
+def test_experts_are_added_in_order(isa: str) -> None:
+    """However threads get in each other's way: more of them than processors, again and again."""
+    x, t, ids, weights, experts, _, _ = moe_case(64, (32, 2880, 32), "random")
+    alone = run_moe(make_ops(isa), x, t, ids, weights, experts)
+    crowd = make_ops(isa, 16)
+    assert_bitwise([alone, *(run_moe(crowd, x, t, ids, weights, experts) for _ in range(30))])
 
 
 def test_swiglu_limit_is_read(ops: _gptoss.Ops) -> None:
