@@ -24,7 +24,7 @@ struct Int8Panel {
   const uint8_t* blocks;                          // [K/64] of kInt8BlockBytes
 
   INLINE int64_t bytes(int64_t cols) { return gptoss::cpu::int8_panel_bytes(cols); }
-  INLINE bool fetches_stream(int64_t n) { return n > 1; }
+  INLINE bool fetches_stream(int64_t n) { return n > 1 || kHalves == 1; }  // AVX2 keeps the prefetcher too little ahead
   INLINE Int8Panel at(const uint8_t* panel, int64_t) { return {panel}; }
   template <int64_t H, int T>
   INLINE void add_block(I32 (&sums)[H][T], const Int8Panel& p, int64_t block, int64_t half, const int8_t* x) {
